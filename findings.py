@@ -1,0 +1,105 @@
+"""What is wrong with a dataset, one line per finding, collected before anything is trained.
+
+A finding names the file, the place in it, what was expected and found, and what to do. Errors end the run, all at
+once; warnings are counted. With ``--on-bad-data skip`` an error about one object or image becomes a warning
+and that object or image is left out.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_DATA = ("error", "skip")
+
+# So many lines per kind are printed; the rest is counted.
+LINES_PER_KIND = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: A short name, the same for all findings of this sort.
+        place: File and position in it.
+        problem: What was expected and what was found.
+        remedy: What to do.
+        is_error: Whether training must not start.
+    """
+
+    kind: str
+    place: str
+    problem: str
+    remedy: str
+    is_error: bool = True
+
+    def __str__(self) -> str:
+        """Return the finding in one line."""
+        return f"{self.place}: {self.problem}; {self.remedy}"
+
+
+class BadDataError(ValueError):
+    """A dataset that cannot be trained or scored; the text has one line per finding."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = list(findings)
+        lines = shorten([f for f in findings if f.is_error])
+        super().__init__("\n".join([f"{sum(f.is_error for f in findings)} error(s) in the data:", *lines]))
+
+
+@dataclass
+class Findings:
+    """Collects findings and what they say should be left out.
+
+    Attributes:
+        on_bad_data: ``error`` or ``skip``, see the module's text.
+        found: In the order in which they were found.
+        dropped_objects: Positions of objects to leave out.
+        dropped_images: Positions of images to leave out.
+    """
+
+    on_bad_data: str = "error"
+    found: list[Finding] = field(default_factory=list)
+    dropped_objects: set[int] = field(default_factory=set)
+    dropped_images: set[int] = field(default_factory=set)
+
+    def error(
+        self, kind: str, place: str, problem: str, remedy: str, *, obj: int | None = None, image: int | None = None
+    ) -> None:
+        """Note an error; ``obj`` or ``image`` is the position that ``skip`` would leave out."""
+        skips = self.on_bad_data == "skip" and (obj is not None or image is not None)
+        if skips:
+            remedy = "the object is left out" if obj is not None else "the image is left out"
+        if obj is not None:
+            self.dropped_objects.add(obj)
+        if image is not None:
+            self.dropped_images.add(image)
+        self.found.append(Finding(kind, place, problem, remedy, is_error=not skips))
+
+    def warn(self, kind: str, place: str, problem: str, remedy: str) -> None:
+        """Note something that was repaired or is only suspicious."""
+        self.found.append(Finding(kind, place, problem, remedy, is_error=False))
+
+    def raise_errors(self) -> None:
+        """Raise `BadDataError` with all findings if there is an error among them."""
+        if any(finding.is_error for finding in self.found):
+            raise BadDataError(self.found)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return the warnings, one line each, with long rows of one kind counted instead of listed."""
+        return tuple(shorten([f for f in self.found if not f.is_error]))
+
+
+def shorten(findings: Iterable[Finding]) -> list[str]:
+    """Return one line per finding, `LINES_PER_KIND` of each kind at the most and a count for the rest."""
+    lines: list[str] = []
+    seen: Counter[str] = Counter()
+    for finding in findings:
+        seen[finding.kind] += 1
+        if seen[finding.kind] <= LINES_PER_KIND:
+            lines.append(str(finding))
+    lines.extend(f"... and {n - LINES_PER_KIND} more of kind {kind}" for kind, n in seen.items() if n > LINES_PER_KIND)
+    return lines

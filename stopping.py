@@ -1,0 +1,49 @@
+"""Being asked to stop: signals, and the end of the launcher."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+# SLURM can be told to send SIGUSR1 some time before the end (sbatch --signal).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Set by a signal, looked at by the training loop: a handler only raises a flag.
+
+    A second Ctrl-C ends the process at once, without saving.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        """Return whether this process was asked to stop."""
+        return self.signal_name is not None
+
+    def install(self) -> None:
+        """Handle `STOP_SIGNALS` in this process; call it in the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_name == "SIGINT":
+            os._exit(130)
+        self.signal_name = signal.Signals(number).name
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies, so that no orphan goes on writing checkpoints."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)

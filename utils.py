@@ -1,0 +1,285 @@
+"""Processes, collectives, seeds and log output: what every other file stands on.
+
+World size 1 is the ordinary case: without a process group every collective returns its input at once, so
+callers hold no ``if distributed``. Nothing here knows about images, models or metrics.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# How long a rank waits for the others. Evaluation on rank 0 may take minutes; a hang must still end.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Who this process is.
+
+    Attributes:
+        rank: Number of this process among all, from 0.
+        local_rank: Number of this process on its machine, from 0.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+
+def setup_logging(is_main: bool) -> None:
+    """Send INFO (other ranks: warnings) to stdout, one plain line per message."""
+    handler = logging.StreamHandler(sys.stdout)
+    prefix = "" if is_main else f"[rank {os.environ.get('RANK', '?')}] "
+    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, handlers=[handler], force=True)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device called ``name``; without a name, cuda where there is one, else the CPU.
+
+    Raises:
+        ValueError: The name is unknown to torch or the machine has no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no usable CUDA device; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: this machine has no usable MPS device; use --device cpu")
+    return device
+
+
+def _launched_ranks() -> tuple[int, int, int]:
+    """Return (rank, local rank, world size) from torchrun's variables, else SLURM's, else of a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    # A bare `salloc` shell also carries SLURM_PROCID: only a step of several tasks is a distributed run.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
+    return 0, 0, 1
+
+
+def _fill_in_slurm_address() -> None:
+    """Derive MASTER_ADDR and MASTER_PORT from SLURM's variables where the user has not set them."""
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        # "node[012-014,020]" or "node7,node9": the first host of the list.
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+        if first is None:
+            raise ValueError("several SLURM tasks but no MASTER_ADDR and no node list; export MASTER_ADDR")
+        env["MASTER_ADDR"] = first[1] + (first[2] or "")
+    # One port per job, so that two jobs on a node do not meet.
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def init_distributed(device: torch.device, dist_url: str = "env://") -> Distributed:
+    """Join the process group that torchrun or SLURM describes; do nothing in a single process.
+
+    NCCL carries CUDA tensors and gloo CPU tensors in one group. A torchrun restart reuses the address of the
+    attempt before it, where dead ranks have left their entries: every attempt gets its own store prefix
+    (https://github.com/pytorch/pytorch/issues/167288).
+
+    Args:
+        device: ``cuda`` without an index means the device with this process's local rank.
+        dist_url: ``env://`` or an init method of ``torch.distributed``, such as ``tcp://host:port``.
+    """
+    rank, local_rank, world_size = _launched_ranks()
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None or world_size > 1 else device.index)
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine wants {device}, but it has {torch.cuda.device_count()} GPU(s); "
+                "start fewer processes per machine"
+            )
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Distributed(0, 0, 1, device)
+
+    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": COLLECTIVE_TIMEOUT}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if dist_url == "env://":
+        if "RANK" not in os.environ:
+            _fill_in_slurm_address()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and not agent_serves,
+            timeout=COLLECTIVE_TIMEOUT,
+            multi_tenant=True,
+        )
+        options["store"] = dist.PrefixStore(f"attempt_{attempt}", store)
+    else:
+        options["init_method"] = dist_url
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    return Distributed(rank, local_rank, world_size, device)
+
+
+def shut_down_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        # A CPU tensor: the wait is on gloo, with this file's timeout, and takes no GPU memory.
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Add ``tensor`` over all processes, in place, and return it; float and integer dtypes, any device."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Take the maximum of ``tensor`` over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_bytes(data: bytes) -> list[bytes] | None:
+    """Send bytes of any length to rank 0 over gloo, without pickling.
+
+    Returns:
+        On rank 0 the bytes of every rank, in rank order; elsewhere None.
+    """
+    if not dist.is_initialized():
+        return [data]
+    lengths = torch.zeros(world_size(), dtype=torch.int64)
+    lengths[rank()] = len(data)
+    dist.all_reduce(lengths)
+    if rank() != 0:
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0)
+        return None
+    parts = [data]
+    for source in range(1, world_size()):
+        buffer = torch.empty(int(lengths[source]), dtype=torch.uint8)
+        if buffer.numel():
+            dist.recv(buffer, src=source)
+        parts.append(buffer.numpy().tobytes())
+    return parts
+
+
+def broadcast_json(value: Any) -> Any:
+    """Hand rank 0's ``value`` (what json can write; NaN and infinities included) to all processes."""
+    if not dist.is_initialized():
+        return value
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if rank() == 0 else None
+    length = torch.tensor([0 if data is None else data.numel()])
+    dist.broadcast(length, src=0)
+    if data is None:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    return json.loads(data.numpy().tobytes())
+
+
+def check_same_everywhere(what: str, value: str) -> None:
+    """Raise ValueError on every process unless all of them have the same ``value``, such as a hash of their data."""
+    if not dist.is_initialized():
+        return
+    mine = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "little")
+    bounds = torch.tensor([mine, -mine])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if int(bounds[0]) != -int(bounds[1]):
+        raise ValueError(f"the processes do not have the same {what}; give all machines the same files")
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let each machine's first process run the block before its others, for downloads and caches on disk."""
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    if not is_first:
+        barrier()
+    try:
+        yield
+    finally:
+        if is_first:
+            barrier()
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part and on nothing else.
+
+    Streams of neighbouring parts, such as (seed, epoch, index) and (seed, epoch, index + 1), are unrelated.
+    """
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_torch(*parts: int | str) -> None:
+    """Seed torch's generators of all devices from ``parts``."""
+    torch.manual_seed(derive_seed(*parts))
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def seeded_cpu_rng(*parts: int | str) -> Iterator[None]:
+    """Run the block with torch's CPU generator seeded from ``parts``; put its state back afterwards."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(derive_seed(*parts))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def seeded_numpy_rng(*parts: int | str) -> np.random.Generator:
+    """Return a numpy generator seeded from ``parts``."""
+    return np.random.default_rng(derive_seed(*parts))
