@@ -1,0 +1,252 @@
+"""COCO json to `Annotations`, checked on the way, and back to COCO's dicts.
+
+Records are checked by `annotation_checks`; folders are brought into COCO's records first, by `custom_dataset`.
+"""
+
+import gc
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from annotation_checks import (
+    Record,
+    Rules,
+    Segmentations,
+    check_boxes,
+    check_categories,
+    check_flags,
+    check_images,
+    check_keypoint_names,
+    check_keypoints,
+    check_objects,
+    check_segmentations,
+    flat_floats,
+)
+from annotations import Annotations, join_bytes
+from findings import BadDataError, Finding, Findings
+from masks import area_of_polygons
+
+# A larger file would need some forty gigabytes of memory to parse.
+MAX_JSON_BYTES = 4 << 30
+
+
+def read_json(path: Path) -> Any:
+    """Parse a json file strictly: UTF-8 with or without a byte order mark, no NaN or Infinity, no key twice.
+
+    Raises:
+        BadDataError: One line that names file and position.
+    """
+
+    def fail(problem: str, remedy: str = "correct the file") -> BadDataError:
+        return BadDataError([Finding("json", str(path), problem, remedy)])
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"the number {name} is not allowed in annotations")
+
+    def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            keys = [key for key, _ in pairs]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {double!r} occurs twice in one object")
+        return record
+
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise fail(f"{size} bytes are more than the limit of {MAX_JSON_BYTES}", "split the file")
+    was_enabled = gc.isenabled()
+    gc.disable()  # parsing makes millions of objects, none of them garbage: 1.6 times faster without the collector
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
+    except json.JSONDecodeError as error:
+        raise fail(f"not valid json at line {error.lineno} column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise fail(f"not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except RecursionError:
+        raise fail("nested too deeply") from None
+    except ValueError as error:
+        raise fail(str(error)) from None
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def read_coco(path: Path, *, on_bad_data: str = "error", needs_masks: bool = False) -> Annotations:
+    """Read a COCO annotation file (``images``, ``annotations``, ``categories``).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        BadDataError: What is wrong with it, all findings at once.
+    """
+    content = read_json(path)
+    findings = Findings(on_bad_data)
+    images, objects, categories = _sections(path, content)
+    rules = Rules(
+        str(path),
+        image_place=lambda i: f"{path}: images[{i}]",
+        object_place=lambda n: f"{path}: annotations[{n}] (id {objects[n].get('id')})",
+    )
+    return annotations_from_records(images, objects, categories, rules, findings, needs_masks=needs_masks)
+
+
+def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], list[Record]]:
+    """Return the three lists of a COCO file; a test file without annotations has an empty second one."""
+    findings = Findings()
+    if not isinstance(content, dict):
+        problem = f"expected an object with images, annotations and categories, got {type(content).__name__}"
+        raise BadDataError([Finding("json", str(path), problem, "is this a COCO annotation file?")])
+    sections = []
+    for name in ("images", "annotations", "categories"):
+        section = content.get(name, [] if name == "annotations" else None)
+        if not isinstance(section, list) or not all(isinstance(record, dict) for record in section):
+            problem = f"expected a list of objects under {name!r}, got {type(section).__name__}"
+            findings.error("json", str(path), problem, "is this a COCO annotation file?")
+            section = []
+        sections.append(section)
+    findings.raise_errors()
+    return sections[0], sections[1], sections[2]
+
+
+def annotations_from_records(
+    images: Sequence[Record],
+    objects: Sequence[Record],
+    categories: Sequence[Record],
+    rules: Rules,
+    findings: Findings,
+    *,
+    needs_masks: bool = False,
+) -> Annotations:
+    """Check COCO's records and put them into flat arrays.
+
+    Missing ``area``, ``iscrowd`` and ``num_keypoints`` are filled in; annotation ids are not kept (pycocotools takes
+    id 0 for "unmatched"), but must not occur twice.
+
+    Args:
+        images: With ``id``, ``file_name``, ``height``, ``width``.
+        objects: With ``image_id``, ``category_id``, ``bbox`` and what else COCO knows.
+        categories: With ``id``, ``name`` and for keypoints ``keypoints`` and ``skeleton`` (indices from 1).
+        rules: What counts as an error.
+        findings: Collects what is wrong.
+        needs_masks: Whether an object without a segmentation is an error.
+
+    Raises:
+        BadDataError: What is wrong, all findings at once.
+    """
+    names = check_categories(categories, rules, findings)
+    image_ids, heights, widths, file_names = check_images(images, rules, findings)
+    boxes, category_ids, image_of_object = check_objects(objects, image_ids, set(names), rules, findings)
+    check_boxes(boxes, image_of_object, heights, widths, rules, findings)
+    keypoints = check_keypoints(objects, image_of_object, heights, widths, rules, findings)
+    is_crowd, areas = check_flags(objects, rules, findings)
+    segmentations = check_segmentations(objects, image_of_object, heights, widths, rules, findings, needs_masks)
+    _fill_in_areas(areas, boxes, segmentations, image_of_object, heights, widths)
+    names_of_points, skeleton = check_keypoint_names(categories, keypoints.shape[1], rules, findings)
+    findings.raise_errors()
+
+    keep_image = np.ones(len(images), dtype=bool)
+    keep_image[list(findings.dropped_images)] = False
+    keep = keep_image[image_of_object] if len(objects) else np.zeros(0, dtype=bool)
+    keep[list(findings.dropped_objects)] = False
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(image_of_object[order], kind="stable")]
+    new_position = np.cumsum(keep_image) - 1
+    counts = np.bincount(new_position[image_of_object[order]], minlength=int(keep_image.sum()))
+    name_bytes, name_starts = join_bytes([file_names[i].encode() for i in np.flatnonzero(keep_image)])
+    polygons = [segmentations.polygons[n] for n in order]
+    rle_bytes, rle_starts = join_bytes([segmentations.rles[n] for n in order])
+    return Annotations(
+        image_ids=image_ids[keep_image],
+        heights=heights[keep_image],
+        widths=widths[keep_image],
+        name_bytes=name_bytes,
+        name_starts=name_starts,
+        object_starts=_starts(counts),
+        boxes_xywh=boxes[order],
+        category_ids=category_ids[order],
+        areas=areas[order],
+        is_crowd=is_crowd[order],
+        keypoints=keypoints[order],
+        polygon_points=flat_floats(itertools.chain.from_iterable(polygons)),
+        polygon_starts=_starts([len(points) for of_object in polygons for points in of_object]),
+        object_polygons=_starts([len(of_object) for of_object in polygons]),
+        rle_bytes=rle_bytes,
+        rle_starts=rle_starts,
+        categories=tuple(sorted(names.items())),
+        keypoint_names=names_of_points,
+        skeleton=skeleton,
+        has_segmentations=any("segmentation" in record for record in objects),
+        warnings=findings.warnings(),
+    )
+
+
+def _fill_in_areas(
+    areas: np.ndarray,
+    boxes_xywh: np.ndarray,
+    segmentations: Segmentations,
+    image_of_object: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> None:
+    """Put the pixels of the polygons, or the box's area, in the place of missing areas (NaN)."""
+    for n in np.flatnonzero(np.isnan(areas)).tolist():
+        i = image_of_object[n]
+        polygons = [np.asarray(points, dtype=np.float64) for points in segmentations.polygons[n]]
+        areas[n] = boxes_xywh[n, 2] * boxes_xywh[n, 3]
+        if polygons:
+            areas[n] = area_of_polygons(polygons, int(heights[i]), int(widths[i]))
+
+
+def _starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def to_coco(annotations: Annotations, indices: np.ndarray | None = None) -> dict[str, Any]:
+    """Return the annotations of some images (all by default) as COCO's dicts, ready for json or pycocotools.
+
+    Annotation ids count from 1. Nothing is rounded or clipped.
+    """
+    indices = np.arange(len(annotations)) if indices is None else indices
+    visible = annotations.num_visible_keypoints()
+    objects: list[Record] = []
+    for i in indices.tolist():
+        size = [int(annotations.heights[i]), int(annotations.widths[i])]
+        span = annotations.objects(i)
+        for n in range(span.start, span.stop):
+            record: Record = {
+                "id": len(objects) + 1,
+                "image_id": int(annotations.image_ids[i]),
+                "category_id": int(annotations.category_ids[n]),
+                "bbox": annotations.boxes_xywh[n].tolist(),
+                "area": float(annotations.areas[n]),
+                "iscrowd": int(annotations.is_crowd[n]),
+            }
+            if annotations.has_segmentations:
+                counts = annotations.rle(n)
+                polygons = [points.tolist() for points in annotations.polygons(n)]
+                record["segmentation"] = {"size": size, "counts": counts.decode()} if counts else polygons
+            if annotations.num_keypoints:
+                record["keypoints"] = annotations.keypoints[n].reshape(-1).tolist()
+                record["num_keypoints"] = int(visible[n])
+            objects.append(record)
+    categories: list[Record] = [{"id": id_, "name": name} for id_, name in annotations.categories]
+    if annotations.keypoint_names:
+        for category in categories:
+            category["keypoints"] = list(annotations.keypoint_names)
+            category["skeleton"] = [[a + 1, b + 1] for a, b in annotations.skeleton]
+    images = [
+        {
+            "id": int(annotations.image_ids[i]),
+            "file_name": annotations.file_name(i),
+            "height": int(annotations.heights[i]),
+            "width": int(annotations.widths[i]),
+        }
+        for i in indices.tolist()
+    ]
+    return {"info": {}, "images": images, "annotations": objects, "categories": categories}

@@ -1,0 +1,121 @@
+"""Image files to RGB pixels: decoding, EXIF rotation, colour modes, limits.
+
+Pillow decodes: it is bit-identical to torchvision's decoder, reads every format, and guards against image
+bombs; torchvision's own decoder is announced to be removed. Nothing here knows about annotations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+# EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+class BadImageError(ValueError):
+    """An image file that cannot be decoded, or is not what its annotation says; the text names the file."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header of an image file says, without decoding it.
+
+    Attributes:
+        height: Of the stored pixels.
+        width: Of the stored pixels.
+        orientation: EXIF orientation, 1 where there is none.
+        mode: Pillow's colour mode.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    mode: str
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) after EXIF rotation."""
+        if self.orientation in _QUARTER_TURNS:
+            return self.width, self.height
+        return self.height, self.width
+
+
+def _open(path: Path) -> Image.Image:
+    """Open ``path`` lazily and refuse image bombs before a pixel is decoded."""
+    image = Image.open(path)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"{size} pixels are more than Pillow's limit of {limit}, which guards against image bombs")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def read_header(path: Path) -> ImageHeader:
+    """Read size, EXIF orientation and colour mode of an image file.
+
+    Raises:
+        BadImageError: The file is missing, empty, no image, or larger than Pillow's pixel limit.
+    """
+    try:
+        with _open(path) as image:
+            return ImageHeader(image.height, image.width, _orientation(image), image.mode)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
+        raise BadImageError(f"{path}: cannot read the image header: {_reason(error)}") from error
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool = True) -> np.ndarray:
+    """Decode an image file to RGB.
+
+    Grey, palette, CMYK and 16-bit images keep their brightness; alpha is dropped.
+
+    Args:
+        path: The file.
+        size: (height, width) that the image's annotations were made on, for a check.
+        apply_exif: Show the picture as its EXIF orientation says. If False, the stored picture is taken
+            where its size is ``size`` and the rotated one otherwise, as COCO files need it.
+
+    Returns:
+        uint8 [H, W, 3]; may be read-only memory.
+
+    Raises:
+        BadImageError: The file cannot be decoded, or has another size than its annotations say.
+    """
+    try:
+        with _open(path) as image:
+            if (apply_exif or (image.height, image.width) != size) and _orientation(image) != 1:
+                pixels = _to_rgb(ImageOps.exif_transpose(image))
+            else:
+                pixels = _to_rgb(image)
+    except Exception as error:
+        raise BadImageError(f"{path}: cannot decode the image: {_reason(error)}") from error
+    if size is not None and pixels.shape[:2] != size:
+        raise BadImageError(
+            f"{path}: the image is {pixels.shape[1]} x {pixels.shape[0]} (width x height), "
+            f"its annotations say {size[1]} x {size[0]}"
+        )
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Return uint8 [H, W, 3]; Pillow's own conversion of 16-bit modes saturates to white, hence not used."""
+    if image.mode == "RGB":
+        return np.asarray(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise ValueError(f"mode {image.mode} with values {grey.min()} to {grey.max()}; expected 16 bits")
+        return np.repeat((grey.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined brightness; convert the file to 8 or 16 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

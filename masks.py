@@ -1,0 +1,151 @@
+"""Polygons and run lengths to masks, each decoded only inside its own box, bit-equal to pycocotools.
+
+A mask travels as a `MaskBlock`: its pixels inside a window of the image. Full canvases are made once, where
+the model needs them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+
+class MaskBlock(NamedTuple):
+    """The part of a mask that can be non-zero.
+
+    Attributes:
+        left: Column of the block's first pixel in the image.
+        top: Row of the block's first pixel in the image.
+        pixels: uint8 [h, w] of 0 and 1.
+    """
+
+    left: int
+    top: int
+    pixels: np.ndarray
+
+
+EMPTY_BLOCK = MaskBlock(0, 0, np.zeros((0, 0), dtype=np.uint8))
+
+
+def block_from_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> MaskBlock:
+    """Rasterise the union of polygons inside its own box.
+
+    Equal to ``annToMask`` of pycocotools, which fills the whole image. Its rasteriser rounds on a grid that
+    starts at the image's origin, so a shifted polygon gives other pixels. Instead the canvas is cut below
+    and right of the polygons, and the columns left of them are taken out of the first run length: run
+    lengths are column-major and the first is stored as it is (later ones as differences to the one two
+    before, from the fourth on).
+
+    Args:
+        polygons: float64 [2 P] each, as x, y, x, y, ... in pixels.
+        height: Of the image.
+        width: Of the image.
+    """
+    if not polygons:
+        return EMPTY_BLOCK
+    x_min = min(float(points[0::2].min()) for points in polygons)
+    x_max = max(float(points[0::2].max()) for points in polygons)
+    y_min = min(float(points[1::2].min()) for points in polygons)
+    y_max = max(float(points[1::2].max()) for points in polygons)
+    canvas_height = min(height, max(math.ceil(y_max) + 1, 1))
+    canvas_width = min(width, max(math.ceil(x_max) + 1, 1))
+    rles = mask_util.frPyObjects([points.tolist() for points in polygons], canvas_height, canvas_width)
+    rle = mask_util.merge(rles) if len(rles) > 1 else rles[0]
+    left = min(max(math.floor(x_min) - 1, 0), canvas_width)
+    top = min(max(math.floor(y_min) - 1, 0), canvas_height)
+    counts = _shorten_first_run(rle["counts"], left * canvas_height)
+    if counts is None:  # no pixel at all
+        return EMPTY_BLOCK
+    block = mask_util.decode({"size": [canvas_height, canvas_width - left], "counts": counts})
+    return MaskBlock(left, top, block[top:])
+
+
+def _read_number(counts: bytes, position: int) -> tuple[int, int]:
+    """Read one number of COCO's compressed run lengths; return (number, position after it).
+
+    A number is written in groups of five bits, least significant first, 48 added to each; bit 5 says that
+    another group follows, bit 4 of the last group is the sign (``rleToString`` in pycocotools' maskApi.c).
+    """
+    number, shift = 0, 0
+    while True:
+        group = counts[position] - 48
+        number |= (group & 0x1F) << shift
+        shift += 5
+        position += 1
+        if not group & 0x20:
+            return number - (1 << shift) if group & 0x10 else number, position
+
+
+def run_lengths(counts: bytes) -> list[int]:
+    """Return the run lengths behind COCO's compressed string.
+
+    Raises:
+        ValueError: The string is cut off in the middle of a number.
+    """
+    lengths: list[int] = []
+    position = 0
+    try:
+        while position < len(counts):
+            number, position = _read_number(counts, position)
+            lengths.append(number + lengths[-2] if len(lengths) > 2 else number)
+    except IndexError:
+        raise ValueError("the compressed run lengths end within a number") from None
+    return lengths
+
+
+def _shorten_first_run(counts: bytes, amount: int) -> bytes | None:
+    """Subtract ``amount`` from the first of COCO's compressed run lengths; None if nothing follows it."""
+    first, position = _read_number(counts, 0)
+    if position == len(counts):
+        return None
+    rest = first - amount
+    groups = bytearray()
+    while True:
+        group = rest & 0x1F
+        rest >>= 5
+        more = rest != 0 or bool(group & 0x10)
+        groups.append((group | 0x20 if more else group) + 48)
+        if not more:
+            return bytes(groups) + counts[position:]
+
+
+def block_from_rle(counts: bytes, height: int, width: int) -> MaskBlock:
+    """Decode COCO's compressed run lengths of a whole image and cut out their box."""
+    rle = {"size": [height, width], "counts": counts}
+    left, top, box_width, box_height = (int(v) for v in mask_util.toBbox(rle))
+    if box_width == 0 or box_height == 0:
+        return EMPTY_BLOCK
+    mask = mask_util.decode(rle)
+    return MaskBlock(left, top, mask[top : top + box_height, left : left + box_width])
+
+
+def block_from_mask(mask: np.ndarray) -> MaskBlock:
+    """Cut the box of a full mask, bool or uint8 [H, W]."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return EMPTY_BLOCK
+    top, left = int(rows[0]), int(columns[0])
+    return MaskBlock(left, top, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1])
+
+
+def compress_rle(segmentation: dict[str, Any], height: int, width: int) -> bytes:
+    """Return compressed run lengths from either of COCO's two spellings (list of counts, or string)."""
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        return mask_util.frPyObjects(segmentation, height, width)["counts"]
+    return counts.encode() if isinstance(counts, str) else counts
+
+
+def area_of_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> float:
+    """Return the number of pixels that the union of polygons covers."""
+    return float(np.count_nonzero(block_from_polygons(polygons, height, width).pixels))
+
+
+def paste_blocks(blocks: Sequence[MaskBlock], height: int, width: int) -> np.ndarray:
+    """Return full masks, uint8 [N, height, width], from blocks that lie inside the image."""
+    masks = np.zeros((len(blocks), height, width), dtype=np.uint8)
+    for mask, (left, top, pixels) in zip(masks, blocks):
+        mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return masks

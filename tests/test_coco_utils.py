@@ -1,0 +1,269 @@
+"""COCO files to arrays and back; every malformed entry is found by one line that names place and field."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from conftest import draw_coco
+from pycocotools.coco import COCO
+
+from annotations import Annotations, cached_annotations, load_annotations, save_annotations
+from coco_utils import read_coco, read_json, to_coco
+from findings import BadDataError
+
+
+def content(**changes):
+    base = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 60}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 6, 20, 30], "area": 600, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 7, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0},
+        ],
+        "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}],
+    }
+    base = copy.deepcopy(base)
+    for path, value in changes.items():
+        section, index, field = path.split("__")
+        if value is KeyError:
+            del base[section][int(index)][field]
+        else:
+            base[section][int(index)][field] = value
+    return base
+
+
+def write(tmp_path, value, name="file.json"):
+    path = tmp_path / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def read(tmp_path, value, **options):
+    return read_coco(write(tmp_path, value), **options)
+
+
+def test_arrays_hold_what_the_file_says(tmp_path):
+    annotations = read(tmp_path, content())
+    assert len(annotations) == 1 and annotations.num_objects == 2
+    assert annotations.file_name(0) == "a.jpg"
+    assert annotations.categories == ((3, "a"), (7, "b"))
+    assert annotations.boxes_xywh.tolist() == [[5, 6, 20, 30], [1, 2, 10, 10]]
+    assert annotations.category_ids.tolist() == [3, 7]
+    assert annotations.warnings == ()
+
+
+def test_real_coco_files_round_trip_without_a_false_alarm(tiny_coco):
+    for name in ("instances_train2017", "instances_val2017", "person_keypoints_train2017", "person_keypoints_val2017"):
+        path = tiny_coco / "annotations" / f"{name}.json"
+        annotations = read_coco(path, needs_masks=True)
+        assert annotations.warnings == ()
+        ours, theirs = COCO(), COCO(str(path))
+        ours.dataset = to_coco(annotations)
+        ours.createIndex()
+        assert ours.getImgIds() == theirs.getImgIds() and ours.getCatIds() == sorted(theirs.getCatIds())
+        for image_id in theirs.getImgIds():
+            for a, b in zip(ours.imgToAnns[image_id], theirs.imgToAnns[image_id]):
+                for field in ("bbox", "area", "iscrowd", "category_id"):
+                    assert a[field] == b[field]
+                assert a.get("num_keypoints") == b.get("num_keypoints")
+                assert (ours.annToMask(a) == theirs.annToMask(b)).all()
+
+
+def test_missing_area_crowd_flag_and_ids_are_filled_in(tmp_path):
+    value = content(annotations__0__area=KeyError, annotations__0__iscrowd=KeyError, annotations__0__id=KeyError)
+    value["annotations"][1].pop("area")
+    value["annotations"][1]["segmentation"] = [[1, 2, 11, 2, 11, 12]]
+    annotations = read(tmp_path, value)
+    mask = COCO()
+    mask.dataset, mask.anns = {"images": []}, {}
+    assert annotations.areas[0] == 600
+    assert annotations.areas[1] == pytest.approx(50, abs=6)  # the triangle's pixels, not its box
+    assert annotations.is_crowd.tolist() == [False, False]
+
+
+def test_annotation_id_zero_is_renumbered_for_scoring(tmp_path):
+    annotations = read(tmp_path, content(annotations__0__id=0))
+    assert [record["id"] for record in to_coco(annotations)["annotations"]] == [1, 2]
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path):
+    path = tmp_path / "bom.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content()).encode())
+    assert len(read_coco(path)) == 1
+
+
+NAN, INF = float("nan"), float("inf")
+
+BAD = {
+    "truncated json": ('{"images": [', r"not valid json at line 1 column 13"),
+    "empty file": ("", r"not valid json at line 1 column 1"),
+    "a list": ("[]", r"expected an object with images, annotations and categories, got list"),
+    "NaN": (json.dumps(content()).replace("600", "NaN"), r"number NaN is not allowed"),
+    "Infinity": (json.dumps(content()).replace("600", "-Infinity"), r"number -Infinity is not allowed"),
+    "1e999": (json.dumps(content()).replace("[5,", "[1e999,"), r"annotations\[0\] \(id 1\): bbox is \[inf.*finite"),
+    "double key": ('{"images": [], "images": []}', r"key 'images' occurs twice"),
+    "deep nesting": ("[" * 100_000, r"nested too deeply|not valid json"),
+    "no categories": ({**content(), "categories": []}, r"no categories"),
+    "images missing": ({k: v for k, v in content().items() if k != "images"}, r"list of objects under 'images'"),
+    "category without name": (content(categories__0__name=KeyError), r"categories\[0\]: expected an integer id and a name"),
+    "double category": (content(categories__0__id=3), r"category id 3 occurs twice"),
+    "image id": (content(images__0__id="x"), r"images\[0\]: expected an integer id, got 'x'"),
+    "no file name": (content(images__0__file_name=KeyError), r"images\[0\]: file_name None"),
+    "no size": (content(images__0__height=KeyError), r"images\[0\]: expected positive integer height and width"),
+    "zero size": (content(images__0__width=0), r"images\[0\]: expected positive integer height and width, got 50 and 0"),
+    "parent path": (content(images__0__file_name="../a.jpg"), r"'\.\./a\.jpg' is a path that leaves its folder"),
+    "absolute path": (content(images__0__file_name="/etc/passwd"), r"'/etc/passwd' is an absolute path"),
+    "drive path": (content(images__0__file_name="C:\\a.jpg"), r"is an absolute path"),
+    "backslash parent": (content(images__0__file_name="b\\..\\..\\a.jpg"), r"leaves its folder"),
+    "NUL": (content(images__0__file_name="a\0.jpg"), r"an empty name or a NUL byte"),
+    "URL": (content(images__0__file_name="http://x/a.jpg"), r"a URL, which is never fetched"),
+    "hidden parent": (content(images__0__file_name="b/../../a.jpg"), r"leaves its folder"),
+    "share": (content(images__0__file_name="\\\\host\\a.jpg"), r"is an absolute path"),
+    "unknown image": (content(annotations__0__image_id=9), r"annotations\[0\] \(id 1\): image_id 9 is not among"),
+    "unknown category": (content(annotations__0__category_id=9), r"annotations\[0\] \(id 1\): category_id 9 is not among"),
+    "float category": (content(annotations__0__category_id=3.0), r"category_id 3\.0 is not among"),
+    "double id": (content(annotations__1__id=1), r"annotations\[1\].*annotation id 1 is also that of .*annotations\[0\]"),
+    "no box": (content(annotations__0__bbox=KeyError), r"annotations\[0\].*bbox is None, expected 4 numbers"),
+    "short box": (content(annotations__0__bbox=[1, 2, 3]), r"bbox is \[1, 2, 3\], expected 4 numbers"),
+    "text box": (content(annotations__0__bbox=[1, 2, 3, "x"]), r"bbox is \[1, 2, 3, 'x'\], expected 4 numbers"),
+    "negative width": (content(annotations__0__bbox=[5, 5, -2, 3]), r"bbox \[5, 5, -2, 3\] has a negative width"),
+    "outside": (content(annotations__0__bbox=[70, 5, 10, 10]), r"box \[70, 5, 10, 10\] lies outside the image of 60 x 50"),
+    "crowd flag": (content(annotations__0__iscrowd=3), r"iscrowd is 3"),
+    "negative area": (content(annotations__0__area=-1), r"area is -1"),
+    "text area": (content(annotations__0__area="big"), r"area is 'big'"),
+    "odd polygon": (content(annotations__0__segmentation=[[1, 2, 3, 4, 5, 6, 7]]), r"not an even number of finite numbers"),
+    "text polygon": (content(annotations__0__segmentation=[[1, 2, 3, 4, 5, "x"]]), r"not an even number of finite numbers"),
+    "flat polygon": (content(annotations__0__segmentation=[1, 2, 3, 4, 5, 6]), r"expected polygons"),
+    "text segmentation": (content(annotations__0__segmentation="abc"), r"expected polygons or run lengths"),
+    "rle size": (content(annotations__0__segmentation={"size": [5, 5], "counts": "0"}), r"mask has size \[5, 5\], the image \[50, 60\]"),
+    "rle sum": (content(annotations__0__segmentation={"size": [50, 60], "counts": [5]}), r"do not add up to 50 x 60"),
+    "rle string sum": (content(annotations__0__segmentation={"size": [50, 60], "counts": "5"}), r"do not add up"),
+    "rle garbage": (content(annotations__0__segmentation={"size": [50, 60], "counts": "\x01\x02"}), r"COCO's compressed string"),
+    "rle cut off": (content(annotations__0__segmentation={"size": [50, 60], "counts": "o"}), r"end within a number"),
+    "keypoints of two": (content(annotations__0__keypoints=[1, 2, 3, 4]), r"4 keypoint numbers, expected three per point"),
+    "keypoint counts": (
+        content(annotations__0__keypoints=[1, 2, 2], annotations__1__keypoints=[1, 2, 2, 1, 2, 2]),
+        r"annotations\[1\].*2 keypoints, the objects before have 1",
+    ),
+    "visibility": (content(annotations__0__keypoints=[1, 2, 3]), r"annotations\[0\].*visibilities 3"),
+    "keypoint infinity": (
+        json.dumps(content(annotations__0__keypoints=[1, 2, 2])).replace("[1, 2, 2]", "[1e999, 2, 2]"),
+        r"keypoints is \[inf.*finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_file_is_refused_by_one_line_that_names_the_place(tmp_path, name):
+    value, message = BAD[name]
+    with pytest.raises(BadDataError, match=message) as caught:
+        read(tmp_path, value)
+    assert "file.json" in str(caught.value)
+
+
+def test_all_findings_come_at_once(tmp_path):
+    value = content(annotations__0__bbox=[5, 5, -2, 3], annotations__1__category_id=99)
+    with pytest.raises(BadDataError, match="2 error") as caught:
+        read(tmp_path, value)
+    assert "negative width" in str(caught.value) and "category_id 99" in str(caught.value)
+
+
+def test_many_findings_of_one_kind_are_counted(tmp_path):
+    value = content()
+    value["annotations"] = [{"id": n, "image_id": 1, "category_id": 99, "bbox": [1, 1, 5, 5]} for n in range(100)]
+    with pytest.raises(BadDataError, match="and 80 more of kind object"):
+        read(tmp_path, value)
+
+
+def test_skip_leaves_out_the_object_or_the_image_and_counts_it(tmp_path):
+    value = content(annotations__0__bbox=[5, 5, -2, 3])
+    annotations = read(tmp_path, value, on_bad_data="skip")
+    assert annotations.num_objects == 1 and annotations.category_ids.tolist() == [7]
+    assert "negative width" in annotations.warnings[0] and "left out" in annotations.warnings[0]
+    value = content(images__0__height=0)
+    value["images"].append({"id": 2, "file_name": "b.jpg", "height": 9, "width": 9})
+    annotations = read(tmp_path, value, on_bad_data="skip")
+    assert annotations.image_ids.tolist() == [2] and annotations.num_objects == 0
+
+
+def test_empty_and_cut_boxes_of_coco_files_are_warnings(tmp_path):
+    value = content(annotations__0__bbox=[5, 6, 0, 30], annotations__1__bbox=[50, 40, 20, 30])
+    annotations = read(tmp_path, value)
+    assert annotations.num_objects == 2  # scored as the file says
+    assert "has no inside" in annotations.warnings[0] and "cut to the image" in annotations.warnings[1]
+
+
+def test_a_mask_model_needs_segmentations(tmp_path):
+    with pytest.raises(BadDataError, match=r"annotations\[0\].*no segmentation, but the model learns masks"):
+        read(tmp_path, content(), needs_masks=True)
+
+
+def test_the_cache_gives_the_same_arrays_and_notices_a_changed_file(tmp_path):
+    root = draw_coco(tmp_path / "coco", num_keypoints=17)
+    path = root / "annotations" / "person_keypoints_train2017.json"
+    builds = []
+
+    def build():
+        builds.append(1)
+        return read_coco(path)
+
+    first = cached_annotations(path, build, tmp_path / "cache")
+    second = cached_annotations(path, build, tmp_path / "cache")
+    assert len(builds) == 1
+    plain = read_coco(path)
+    for name in ("boxes_xywh", "keypoints", "polygon_points", "object_starts", "name_bytes", "rle_bytes", "areas"):
+        assert (getattr(second, name) == getattr(plain, name)).all()
+    assert second.categories == plain.categories and second.keypoint_names == plain.keypoint_names
+    assert second.skeleton == plain.skeleton and second.file_name(2) == plain.file_name(2)
+
+    path.touch()  # another time, the same content
+    cached_annotations(path, build, tmp_path / "cache")
+    assert len(builds) == 1
+    path.write_text(path.read_text().replace("000001.png", "000009.png"))
+    changed = cached_annotations(path, build, tmp_path / "cache")
+    assert len(builds) == 2 and changed.file_name(1) == "000009.png"
+    assert first.file_name(1) == "000001.png"
+
+
+def test_a_damaged_cache_is_built_anew_and_a_read_only_folder_does_no_harm(tmp_path):
+    path = write(tmp_path, content())
+    cache = tmp_path / "cache"
+    cached_annotations(path, lambda: read_coco(path), cache)
+    (file,) = cache.glob("*.annotations")
+    file.write_bytes(b"garbage")
+    assert cached_annotations(path, lambda: read_coco(path), cache).num_objects == 2
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    assert cached_annotations(path, lambda: read_coco(path), blocked).num_objects == 2
+
+
+def test_cached_annotations_are_pickled_as_a_path(tmp_path):
+    import pickle
+
+    annotations = read(tmp_path, content())
+    save_annotations(annotations, tmp_path / "file.annotations")
+    mapped = load_annotations(tmp_path / "file.annotations")
+    assert len(pickle.dumps(mapped)) < 300
+    again = pickle.loads(pickle.dumps(mapped))
+    assert isinstance(again, Annotations) and (again.boxes_xywh == annotations.boxes_xywh).all()
+    assert (pickle.loads(pickle.dumps(annotations)).boxes_xywh == annotations.boxes_xywh).all()
+
+
+def test_strict_reading_of_json(tmp_path):
+    assert read_json(write(tmp_path, '{"a": [1, 2.5, null]}')) == {"a": [1, 2.5, None]}
+    path = tmp_path / "latin.json"
+    path.write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(BadDataError, match="not UTF-8"):
+        read_json(path)
+
+
+def test_objects_are_sorted_by_image_and_keep_their_order(tmp_path):
+    value = content()
+    value["images"].append({"id": 5, "file_name": "b.jpg", "height": 50, "width": 60})
+    extra = {"image_id": 5, "category_id": 3, "bbox": [0, 0, 9, 9]}
+    value["annotations"] = [{"id": 10, **extra}, *value["annotations"], {"id": 11, **extra, "bbox": [1, 1, 9, 9]}]
+    annotations = read(tmp_path, value)
+    assert annotations.object_starts.tolist() == [0, 2, 4]
+    assert annotations.object_images().tolist() == [0, 0, 1, 1]
+    assert annotations.boxes_xywh[2:, 0].tolist() == [0, 1]
+    assert np.isfinite(annotations.areas).all()
