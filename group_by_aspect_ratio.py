@@ -1,0 +1,170 @@
+"""Which images form a batch, in which order, on which process: a pure function of seed and epoch.
+
+An epoch is one global list of batches, the same on every process. Process r of W takes batches r, r + W,
+r + 2 W, ...; a run that goes on with another W picks the list up where it stopped and neither loses nor repeats
+a sample.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from utils import seeded_numpy_rng
+
+logger = logging.getLogger(__name__)
+
+# Images of one group are sorted by aspect ratio inside windows of so many batches: less padding, and still
+# about as random as without.
+SORT_WINDOW = 64
+
+
+def aspect_ratio_edges(k: int) -> np.ndarray:
+    """Return the group edges of ``--aspect-ratio-group-factor k``, as in torchvision's scripts.
+
+    2 ** t for 2 k + 1 values t evenly spaced in -1..1, and just 1.0 for k = 0.
+    """
+    return 2.0 ** np.linspace(-1, 1, 2 * k + 1) if k > 0 else np.ones(1)
+
+
+def group_by_aspect_ratio(heights: np.ndarray, widths: np.ndarray, k: int) -> np.ndarray:
+    """Return the group of every image, int64 [N]; 2 k + 2 groups of width / height, one for a negative k."""
+    if k < 0:
+        return np.zeros(len(heights), dtype=np.int64)
+    return np.searchsorted(aspect_ratio_edges(k), widths / heights, side="right")
+
+
+def describe_groups(groups: np.ndarray, k: int) -> str:
+    """Return one line with the edges and the number of images in each non-empty group."""
+    edges = [0.0, *aspect_ratio_edges(k).tolist(), float("inf")] if k >= 0 else [0.0, float("inf")]
+    counts = np.bincount(groups, minlength=len(edges) - 1)
+    parts = [f"{edges[g]:.3g}-{edges[g + 1]:.3g}: {n}" for g, n in enumerate(counts) if n]
+    return "aspect ratio (width / height) groups: " + ", ".join(parts)
+
+
+class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of images of similar shape; each item is (epoch, index), so that a worker can seed the sample.
+
+    Every epoch is shuffled, split by group, sorted by aspect ratio inside windows of `SORT_WINDOW` batches and
+    cut into batches, which are shuffled again. What is left of each group fills batches together with the
+    groups next to it. Only the last ``N % batch_size`` images of the shuffled list are left out, others
+    in every epoch. All processes get the same number of batches: where the list does not divide, the last step
+    repeats batches with a weight of 0, see `weight`.
+
+    Args:
+        heights: int [N].
+        widths: int [N].
+        group_factor: k of `group_by_aspect_ratio`; negative for no groups.
+        batch_size: Images per batch and process. With fewer images than ``batch_size * world_size`` it is
+            reduced so that every process has a batch.
+        seed: Of the run.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: There are fewer images than processes, or none.
+    """
+
+    def __init__(
+        self,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        *,
+        group_factor: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        num_images = len(heights)
+        if num_images < world_size:
+            raise ValueError(
+                f"{num_images} training image(s) for {world_size} process(es); every process needs at least one, "
+                "start fewer processes or add images"
+            )
+        self.ratios = (np.asarray(widths) / np.asarray(heights)).astype(np.float32)
+        self.groups = group_by_aspect_ratio(heights, widths, group_factor)
+        self.sorts = group_factor >= 0
+        self.batch_size = min(batch_size, num_images // world_size)
+        if self.batch_size < batch_size:
+            logger.warning(
+                "%d training images are fewer than %d per process times %d: the batch size becomes %d",
+                *(num_images, batch_size, world_size, self.batch_size),
+            )
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.num_batches = num_images // self.batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and how many batches of its global list are done already."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Return the number of batches that this process still has in the epoch."""
+        return -(-(self.num_batches - self.first_batch) // self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield this process's batches as lists of (epoch, index)."""
+        batches = self.epoch_batches(self.epoch)
+        for step in range(len(self)):
+            position = self.first_batch + step * self.world_size + self.rank
+            yield [(self.epoch, int(i)) for i in batches[position % self.num_batches]]
+
+    def done_after(self, steps: int) -> int:
+        """Return how many batches of the global list are done after ``steps`` steps of this epoch."""
+        return min(self.first_batch + steps * self.world_size, self.num_batches)
+
+    def weight(self, step: int, accumulate: int = 1) -> float:
+        """Return the factor of this process's loss in ``step`` so that an update averages over real batches.
+
+        An update takes ``accumulate`` steps of all processes; gradients are averaged over processes and added
+        over steps. Full updates have 1 / accumulate; a last, shorter one more; a repeated batch 0.
+        """
+        start = self.first_batch + (step // accumulate) * accumulate * self.world_size
+        real = min(accumulate * self.world_size, self.num_batches - start)
+        exists = self.first_batch + step * self.world_size + self.rank < self.num_batches
+        return self.world_size / real if exists else 0.0
+
+    def epoch_batches(self, epoch: int) -> np.ndarray:
+        """Return the global list of an epoch, int64 [num_batches, batch_size]."""
+        rng = seeded_numpy_rng(self.seed, "order", epoch)
+        order = rng.permutation(len(self.groups))[: self.num_batches * self.batch_size]
+        groups = self.groups[order]
+        by_group = np.argsort(groups, kind="stable")
+        order, groups = order[by_group], groups[by_group]
+
+        counts = np.bincount(groups)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        in_full_batch = place < np.repeat(counts // self.batch_size * self.batch_size, counts)
+        rest, full = order[~in_full_batch], order[in_full_batch]
+        if self.sorts:
+            window = place[in_full_batch] // (SORT_WINDOW * self.batch_size)
+            full = full[np.lexsort((self.ratios[full], window, groups[in_full_batch]))]
+        batches = np.concatenate([full, rest]).reshape(self.num_batches, self.batch_size)
+        return batches[rng.permutation(self.num_batches)]
+
+
+class EvalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Every image once, in batches that do not depend on the number of processes; nothing is padded.
+
+    Args:
+        num_images: Number of images.
+        batch_size: Images per batch.
+        rank: Of this process.
+        world_size: Number of processes; the shards may differ by one batch.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int = 1, rank: int = 0, world_size: int = 1) -> None:
+        starts = range(0, num_images, batch_size)
+        self.batches = [range(s, min(s + batch_size, num_images)) for s in starts[rank::world_size]]
+        self.min_length = len(starts) // world_size  # of any process
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield lists of (0, index)."""
+        for batch in self.batches:
+            yield [(0, index) for index in batch]
