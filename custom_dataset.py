@@ -1,0 +1,302 @@
+"""A folder of images with one json each, brought into COCO's records and checked like any other dataset.
+
+    custom/train/images, custom/train/annotations         image and json share a stem
+    custom/test/images, custom/test/annotations
+    custom/dataset.json                                   classes, keypoint names, ...: see `DatasetInfo`
+
+A json holds ``{"bboxes": [[x1, y1, x2, y2], ...], "keypoints": [[[x, y, v], ...], ...]}`` and optionally, one entry
+per box, ``labels``, ``segmentations``, ``area`` and ``iscrowd``.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from annotation_checks import Record, Rules
+from annotations import Annotations
+from coco_utils import annotations_from_records, read_json
+from findings import BadDataError, Findings
+from images import BadImageError, read_header
+from keypoints import Skeleton
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CLASS = "object"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+_PER_BOX = ("keypoints", "labels", "segmentations", "area", "iscrowd")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What ``dataset.json`` says.
+
+    Attributes:
+        classes: Class names of the labels 1, 2, ...; empty where the annotations decide.
+        skeleton: Keypoint names, links, flip pairs and sigmas.
+    """
+
+    classes: tuple[str, ...] = ()
+    skeleton: Skeleton = field(default_factory=Skeleton)
+
+
+def read_dataset_info(root: Path) -> DatasetInfo:
+    """Read ``dataset.json`` in ``root``, if there is one.
+
+    Raises:
+        BadDataError: What is wrong with it, all findings at once.
+    """
+    path = root / "dataset.json"
+    if not path.is_file():
+        return DatasetInfo()
+    content = read_json(path)
+    findings = Findings()
+    if not isinstance(content, dict):
+        findings.error("dataset.json", str(path), f"expected an object, got {type(content).__name__}", "see the README")
+        findings.raise_errors()
+    known = {"classes", "keypoint_names", "flip_pairs", "skeleton", "oks_sigmas"}
+    for key in sorted(set(content) - known):
+        findings.error("dataset.json", str(path), f"unknown entry {key!r}", f"expected {', '.join(sorted(known))}")
+
+    def strings(key: str) -> tuple[str, ...]:
+        value = content.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value) or len(set(value)) < len(value):
+            findings.error("dataset.json", f"{path}: {key}", f"expected different names, got {value!r}", "fix it")
+            return ()
+        return tuple(value)
+
+    names = strings("keypoint_names")
+
+    def pairs(key: str) -> tuple[tuple[int, int], ...] | None:
+        value = content.get(key)
+        if value is None:
+            return None
+        try:
+            return tuple((_point_index(a, names), _point_index(b, names)) for a, b in value)
+        except (TypeError, ValueError) as error:
+            remedy = "give pairs of keypoint names or of indices from 0"
+            findings.error("dataset.json", f"{path}: {key}", f"{value!r}: {error}", remedy)
+            return None
+
+    sigmas = content.get("oks_sigmas")
+    if sigmas is not None:
+        if not isinstance(sigmas, list) or not all(isinstance(s, (int, float)) and s > 0 for s in sigmas):
+            remedy = "give one positive number per keypoint"
+            findings.error("dataset.json", f"{path}: oks_sigmas", f"got {sigmas!r}", remedy)
+        else:
+            sigmas = tuple(float(s) for s in sigmas)
+    classes = strings("classes")
+    skeleton = Skeleton(names, pairs("skeleton") or (), pairs("flip_pairs"), sigmas)
+    findings.raise_errors()
+    return DatasetInfo(classes, skeleton)
+
+
+def _point_index(value: Any, names: Sequence[str]) -> int:
+    """Return the index of a keypoint given by name or by index from 0."""
+    if isinstance(value, str):
+        if value not in names:
+            raise ValueError(f"{value!r} is not among keypoint_names")
+        return list(names).index(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no keypoint")
+    return value
+
+
+@dataclass
+class _Folder:
+    """The records of one split while they are collected."""
+
+    images: list[Record] = field(default_factory=list)
+    objects: list[Record] = field(default_factory=list)
+    object_places: list[str] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+
+
+def read_folder(
+    split: Path, info: DatasetInfo, *, on_bad_data: str = "error", needs_masks: bool = False
+) -> Annotations:
+    """Read ``images`` and ``annotations`` below ``split``.
+
+    Image ids count from 1 in the order of the stems. Sizes come from the image headers, after EXIF rotation.
+
+    Args:
+        split: ``custom/train`` or ``custom/test``.
+        info: Of the dataset; without classes, those of the annotations are used.
+        on_bad_data: ``error`` or ``skip``.
+        needs_masks: Whether an object without a segmentation is an error.
+
+    Raises:
+        FileNotFoundError: A folder is missing.
+        BadDataError: What is wrong, all findings at once.
+    """
+    for folder in (split / "images", split / "annotations"):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; expected {split}/images and {split}/annotations with one json per image"
+            )
+    findings = Findings(on_bad_data)
+    content = _Folder()
+    for stem, image, annotation in _pair_files(split, findings):
+        _read_pair(split, stem, image, annotation, content, findings)
+    categories, numbers = _number_labels(content, info, findings)
+    for record, number in zip(content.objects, numbers):
+        record["category_id"] = number
+    if info.skeleton.names and any("keypoints" in record for record in content.objects):
+        for category in categories:
+            category["keypoints"] = list(info.skeleton.names)
+            category["skeleton"] = [[a + 1, b + 1] for a, b in info.skeleton.links]
+    rules = Rules(
+        str(split),
+        image_place=lambda i: str(split / content.images[i]["file_name"]),
+        object_place=lambda n: content.object_places[n],
+        strict_boxes=True,
+        box_format="[x1, y1, x2, y2]",
+    )
+    return annotations_from_records(
+        content.images, content.objects, categories, rules, findings, needs_masks=needs_masks
+    )
+
+
+def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]:
+    """Return (stem, image, json) of every pair, in the order of the stems."""
+    images: dict[str, Path] = {}
+    for path in sorted((split / "images").iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            findings.warn("stray file", str(path), "not an image by its name", "it is not used")
+        elif path.stem in images:
+            problem = f"{images[path.stem].name} has the same stem"
+            findings.error("pairs", str(path), problem, "give every image its own stem")
+        else:
+            images[path.stem] = path
+    jsons = {path.stem: path for path in sorted((split / "annotations").glob("*.json")) if path.name[0] != "."}
+    for stem in sorted(set(jsons) - set(images)):
+        problem = f"no image {split / 'images' / stem}.*"
+        _missing_partner(findings, str(jsons[stem]), problem, "add the image or remove the json")
+    for stem in sorted(set(images) - set(jsons)):
+        problem = f"no annotation {split / 'annotations' / stem}.json"
+        remedy = 'add it ({"bboxes": []} for an image without objects) or remove the image'
+        _missing_partner(findings, str(images[stem]), problem, remedy)
+    return [(stem, images[stem], jsons[stem]) for stem in sorted(set(images) & set(jsons))]
+
+
+def _missing_partner(findings: Findings, place: str, problem: str, remedy: str) -> None:
+    """Report a file without its partner; with "skip" it is just not used."""
+    if findings.on_bad_data == "skip":
+        findings.warn("pairs", place, problem, "the file is not used")
+    else:
+        findings.error("pairs", place, problem, remedy)
+
+
+def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _Folder, findings: Findings) -> None:
+    """Add one image and its objects to ``content``."""
+    position = len(content.images)
+    record: Record = {"id": position + 1, "file_name": f"images/{image.name}", "height": 1, "width": 1}
+    content.images.append(record)
+    try:
+        header = read_header(image)
+        record["height"], record["width"] = header.shown_size
+    except BadImageError as error:
+        place, _, problem = str(error).partition(": ")
+        findings.error("image", place, problem, "replace the file", image=position)
+        return
+    try:
+        entry = read_json(annotation)
+    except BadDataError as error:
+        problem = error.findings[0].problem
+        findings.error("json", str(annotation), problem, error.findings[0].remedy, image=position)
+        return
+    if not isinstance(entry, dict) or not isinstance(entry.get("bboxes"), list):
+        problem = "expected an object with a list 'bboxes'"
+        findings.error("json", str(annotation), problem, "see the README for the format", image=position)
+        return
+    boxes = entry["bboxes"]
+    for name in _PER_BOX:
+        values = entry.get(name)
+        if values is not None and (not isinstance(values, list) or len(values) != len(boxes)):
+            found = len(values) if isinstance(values, list) else type(values).__name__
+            problem = f"{name}: {found} entries for {len(boxes)} boxes"
+            findings.error("per box", str(annotation), problem, f"give {name} one entry per box", image=position)
+            return
+    for k, box in enumerate(boxes):
+        obj = len(content.objects)
+        content.object_places.append(f"{annotation}: bboxes[{k}]")
+        content.labels.append(entry["labels"][k] if entry.get("labels") is not None else None)
+        content.objects.append({"image_id": record["id"], "bbox": _as_xywh(box)})
+        for name, ours in (("segmentations", "segmentation"), ("area", "area"), ("iscrowd", "iscrowd")):
+            if entry.get(name) is not None and entry[name][k] is not None:
+                content.objects[-1][ours] = entry[name][k]
+        if entry.get("keypoints") is not None:
+            content.objects[-1]["keypoints"] = _flat_keypoints(
+                entry["keypoints"][k], f"{annotation}: keypoints[{k}]", obj, findings
+            )
+    _look_for_unrotated_boxes(header.orientation, record, content.objects, image, findings)
+
+
+def _as_xywh(box: Any) -> Any:
+    """Return [x, y, width, height] of [x1, y1, x2, y2]; what is no such list is left for the checks to name."""
+    if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
+        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    return box
+
+
+def _flat_keypoints(points: Any, place: str, obj: int, findings: Findings) -> list[Any]:
+    """Return x, y, v, x, y, v, ...; a null point is not labelled."""
+    flat: list[Any] = []
+    for k, point in enumerate(points if isinstance(points, list) else []):
+        if point is None:
+            flat += [0, 0, 0]
+        elif not isinstance(point, list) or len(point) != 3:
+            problem = f"point {k} is {point!r}, expected [x, y, v]"
+            findings.error("keypoints", place, problem, "v is 0 (not labelled), 1 (hidden) or 2 (visible)", obj=obj)
+            flat += [0, 0, 0]
+        else:
+            flat += [0, 0, 0] if point[2] == 0 else point
+    if not isinstance(points, list):
+        findings.error("keypoints", place, f"expected a list of points, got {points!r}", "fix it", obj=obj)
+    return flat
+
+
+def _look_for_unrotated_boxes(
+    orientation: int, image: Record, objects: list[Record], path: Path, findings: Findings
+) -> None:
+    """Report an EXIF-rotated picture whose boxes fit only the picture as it is stored."""
+    boxes = [o["bbox"] for o in objects if o["image_id"] == image["id"] and len(o["bbox"]) == 4]
+    if orientation < 5 or not boxes:
+        return
+    height, width = image["height"], image["width"]
+    right, bottom = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
+    if (right > width + 1 or bottom > height + 1) and right <= height + 1 and bottom <= width + 1:
+        problem = f"EXIF turns the picture to {width} x {height}, but its boxes fit only {height} x {width}"
+        remedy = "annotate the picture as viewers show it, or remove its EXIF orientation"
+        findings.error("exif", str(path), problem, remedy, image=image["id"] - 1)
+
+
+def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> tuple[list[Record], list[int]]:
+    """Return (categories, category id of every object); ids count from 1."""
+    names = list(info.classes)
+    if not names:
+        texts = sorted({label for label in content.labels if isinstance(label, str)})
+        numbers = [n for n in content.labels if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+        if texts:
+            names = texts
+        elif numbers:
+            names = [str(n) for n in range(1, max(numbers) + 1)]
+        else:
+            names = [DEFAULT_CLASS]
+    ids = []
+    for n, (label, place) in enumerate(zip(content.labels, content.object_places)):
+        number = 1 if label is None and len(names) == 1 else 0
+        if isinstance(label, str) and label in names:
+            number = names.index(label) + 1
+        elif isinstance(label, int) and not isinstance(label, bool) and 1 <= label <= len(names):
+            number = label
+        if number == 0:
+            known = f"expected a number from 1 to {len(names)} or one of {', '.join(names[:10])}"
+            why = "0 is background; " if label == 0 else ""
+            findings.error("label", place, f"label {label!r}", why + known, obj=n)
+        ids.append(max(number, 1))
+    return [{"id": k + 1, "name": name} for k, name in enumerate(names)], ids

@@ -1,0 +1,172 @@
+"""DataLoaders for training and evaluation, and the way of their batches onto the device."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from copy_paste import CopyPaste
+from datasets import Data, training_indices
+from detection_dataset import DetectionDataset, Sample
+from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describe_groups
+from models import ModelSpec
+from packing import PackedBatch, Targets, collate_fn, unpack
+from presets import RESIZING_PRESETS, build_transforms
+from utils import Distributed
+
+logger = logging.getLogger(__name__)
+
+# A worker that delivers nothing for so long is stuck, on a dead network disk for example.
+WORKER_TIMEOUT_SECONDS = 300
+
+
+class DeviceLoader:
+    """Iterates a DataLoader of packed batches and yields (images, targets) on the device.
+
+    On CUDA a batch is copied and unpacked on a stream of its own, while the device still works off the step before.
+
+    Args:
+        dataset: What to load.
+        batch_sampler: Yields lists of (epoch, index).
+        workers: Worker processes; 0 loads in this one.
+        device: Where batches go.
+        collate: `collate_fn`, or one that mixes samples first.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batch_sampler: Sampler[list[tuple[int, int]]],
+        *,
+        workers: int,
+        device: torch.device,
+        collate: Callable[[list[Sample]], PackedBatch] = collate_fn,
+    ) -> None:
+        self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+            # Workers draw nothing from torch's global generator, nor does the loader when it starts them.
+            generator=torch.Generator(),
+            worker_init_fn=_start_worker,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]:
+        """Yield batches on the device."""
+        if self.device.type != "cuda":
+            for batch in self.loader:
+                yield unpack(batch, self.device)
+            return
+        stream = torch.cuda.Stream(self.device)
+        for batch in self.loader:
+            with torch.cuda.stream(stream):  # runs beside what the previous step has left in the queue
+                images, targets = unpack(batch, self.device)
+            torch.cuda.current_stream().wait_stream(stream)
+            yield self._hand_over(images, targets)
+
+    def _hand_over(self, images: list[Tensor], targets: Targets) -> tuple[list[Tensor], Targets]:
+        """Tell the allocator that tensors made on the copy stream are now used on the current one."""
+        stream = torch.cuda.current_stream()
+        for image in images:
+            image.record_stream(stream)
+        for target in targets:
+            for value in target.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(stream)
+        return images, targets
+
+
+def _start_worker(worker_id: int) -> None:
+    """One thread per worker: there are as many workers as the user wants threads."""
+    torch.set_num_threads(1)
+
+
+def build_train_loader(
+    data: Data,
+    spec: ModelSpec,
+    distributed: Distributed,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    augmentation: str = "hflip",
+    copy_paste: bool = False,
+    group_factor: int = 3,
+    keep_negatives: bool = False,
+) -> tuple[DeviceLoader, GroupedBatchSampler]:
+    """Build dataset, loader and batch sampler for training.
+
+    Args:
+        data: With a training split.
+        spec: Says what the model needs: masks, keypoints, sizes.
+        distributed: This process.
+        batch_size: Images per process and step.
+        workers: Loading processes.
+        seed: Of the run.
+        augmentation: Name of the preset.
+        copy_paste: Paste objects between the images of a batch.
+        group_factor: k of the aspect-ratio groups.
+        keep_negatives: Train on images without objects too.
+
+    Raises:
+        ValueError: No image is left, or fewer than processes.
+    """
+    assert data.train is not None
+    task = spec.architecture.task
+    transforms = build_transforms(
+        augmentation,
+        hflip_prob=0.5 if task != "keypoint" or data.flip_order is not None else 0.0,
+        min_size=max(spec.min_size) if spec.min_size else spec.architecture.min_size,
+        max_size=spec.max_size or spec.architecture.max_size,
+        fixed_size=spec.architecture.fixed_size,
+    )
+    indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
+    logger.info("training on %d of %d images of %s", len(indices), len(data.train.annotations), data.train.name)
+    if not len(indices):
+        raise ValueError(f"{data.train.name}: no image is left to train on; --keep-negatives trains on all")
+    dataset = DetectionDataset(
+        data.train.annotations,
+        data.train.images,
+        data.label_map,
+        indices=indices,
+        transforms=transforms,
+        needs_masks=task == "mask",
+        needs_keypoints=task == "keypoint",
+        flip_order=data.flip_order,
+        seed=seed,
+        resize_on_device=distributed.device.type == "cuda" and augmentation in RESIZING_PRESETS and not copy_paste,
+    )
+    sampler = GroupedBatchSampler(
+        dataset.heights,
+        dataset.widths,
+        group_factor=group_factor,
+        batch_size=batch_size,
+        seed=seed,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
+    )
+    logger.info(describe_groups(sampler.groups, group_factor))
+    collate = CopyPaste(seed) if copy_paste else collate_fn
+    loader = DeviceLoader(dataset, sampler, workers=workers, device=distributed.device, collate=collate)
+    return loader, sampler
+
+
+def build_val_loader(data: Data, distributed: Distributed, *, batch_size: int, workers: int) -> DeviceLoader:
+    """Build the loader for evaluation: every image once over all processes."""
+    val = data.val
+    dataset = DetectionDataset(val.annotations, val.images, data.label_map, indices=val.indices, with_targets=False)
+    sampler = EvalBatchSampler(
+        len(dataset), batch_size=batch_size, rank=distributed.rank, world_size=distributed.world_size
+    )
+    return DeviceLoader(dataset, sampler, workers=workers, device=distributed.device)

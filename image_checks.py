@@ -1,0 +1,121 @@
+"""Do the image files of a dataset exist, lie below their folder, and decode?"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from annotations import Annotations, default_cache_dir
+from findings import Findings
+from images import BadImageError, read_image
+
+logger = logging.getLogger(__name__)
+
+
+def check_files(annotations: Annotations, root: Path, findings: Findings) -> None:
+    """Report images that are missing or are links to files outside ``root``; lists each folder once."""
+    real_root = root.resolve()
+    listed: dict[str, dict[str, bool]] = {}
+    for i in range(len(annotations)):
+        name = annotations.file_name(i)
+        parent, _, base = name.rpartition("/")
+        if parent not in listed:
+            listed[parent] = _list_folder(root / parent, real_root)
+        inside = listed[parent].get(base)
+        if inside is None:
+            findings.error("missing image", str(root / name), "no such file", "add it or remove its entry", image=i)
+        elif not inside:
+            problem = f"a link to a file outside {root}"
+            findings.error("image link", str(root / name), problem, "copy the file into the folder", image=i)
+
+
+def _list_folder(folder: Path, real_root: Path) -> dict[str, bool]:
+    """Return {file name: whether its real path lies below ``real_root``}."""
+    if not folder.is_dir():
+        return {}
+    folder_inside = folder.resolve().is_relative_to(real_root)
+    with os.scandir(folder) as entries:
+        return {
+            entry.name: folder_inside
+            and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(real_root))
+            for entry in entries
+        }
+
+
+def check_decoding(
+    annotations: Annotations,
+    root: Path,
+    findings: Findings,
+    *,
+    apply_exif: bool,
+    cache_dir: Path | None = None,
+    indices: np.ndarray | None = None,
+) -> None:
+    """Decode every image once and report those that cannot be, or have another size than their annotations.
+
+    Files found good are remembered with size and time in a cache file, so the next start looks at new ones only.
+    """
+    cache = _GoodFiles(root, cache_dir)
+    chosen = np.arange(len(annotations)) if indices is None else indices
+    todo = [i for i in chosen.tolist() if not cache.knows(root / annotations.file_name(i))]
+    if not todo:
+        return
+
+    def problem_of(i: int) -> str | None:
+        try:
+            read_image(
+                root / annotations.file_name(i), (int(annotations.heights[i]), int(annotations.widths[i])), apply_exif
+            )
+        except BadImageError as error:
+            return str(error).partition(": ")[2]
+        return None
+
+    if len(todo) > 1000:
+        logger.info("decoding %d images once to find broken files", len(todo))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
+        for i, problem in zip(todo, pool.map(problem_of, todo)):
+            path = root / annotations.file_name(i)
+            if problem is None:
+                cache.add(path)
+            else:
+                findings.error("broken image", str(path), problem, "replace the file", image=i)
+    cache.save()
+
+
+class _GoodFiles:
+    """Remembers which files decoded, by name, size and time."""
+
+    def __init__(self, root: Path, cache_dir: Path | None) -> None:
+        key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+        self.path = (cache_dir or default_cache_dir()) / f"decoded-{key}.json"
+        try:
+            self.known = set(json.loads(self.path.read_text()))
+        except (OSError, ValueError):
+            self.known = set()
+
+    @staticmethod
+    def _stamp(path: Path) -> str:
+        try:
+            status = path.stat()
+        except OSError:
+            return ""
+        return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+    def knows(self, path: Path) -> bool:
+        return self._stamp(path) in self.known
+
+    def add(self, path: Path) -> None:
+        self.known.add(self._stamp(path))
+
+    def save(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(sorted(self.known)))
+            temporary.replace(self.path)
+        except OSError as error:
+            logger.warning("cannot remember decoded files in %s: %s", self.path, error)
