@@ -1,0 +1,311 @@
+"""Detections to COCO metrics: matched image by image as they come, on one process or many.
+
+pycocotools defines the result: its mask library, its ``Params`` and its rules, to the last bit. An evaluator keeps
+some thirty bytes per detection; at the end the ranks' bytes meet on rank 0, which accumulates and hands the same
+metrics to all. OKS sigmas are set on ``Params.kpt_oks_sigmas``; no installed file is edited.
+"""
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from annotations import Annotations
+from coco_matching import Curves, Grid, Matches, accumulate, match_across_classes, match_image, rank_detections
+from coco_metrics import Figures, build_params, check_sigmas, summarize, summarize_classes
+from detection_dataset import LabelMap, mask_block
+from detections import Detections, as_block, detections_from_output
+from similarity import box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
+from utils import broadcast_json, gather_bytes
+
+logger = logging.getLogger(__name__)
+
+OKS_AREAS = ("annotation", "box", "box53")
+
+
+@dataclass
+class EvalResult:
+    """The metrics of one evaluation, the same on every rank.
+
+    Attributes:
+        metrics: Per kind of score COCO's figures by name; None where there is no object to find.
+        per_class: The same per class name.
+        settings: What the figures depend on: sigmas, area rule, max_dets, number of images, versions.
+        curves: COCOeval's arrays; on rank 0 only.
+        matches: Sorted matches; on rank 0 only.
+        num_truths: Objects that count per category and area range, int64 [K, A]; on rank 0 only.
+        seen: Positions of the evaluated images, sorted by image id; on rank 0 only.
+    """
+
+    metrics: dict[str, Figures]
+    per_class: dict[str, dict[str, Figures]]
+    settings: dict[str, Any]
+    curves: dict[str, Curves] = field(default_factory=dict)
+    matches: dict[str, Matches] = field(default_factory=dict)
+    num_truths: dict[str, np.ndarray] = field(default_factory=dict)
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+class CocoEvaluator:
+    """Scores detections of any model against one split.
+
+    Args:
+        annotations: Of the split.
+        iou_types: "bbox", "segm" and "keypoints", what to score.
+        indices: Which images of the split are evaluated; all by default. Others do not exist for the score.
+        sigmas: OKS sigmas, float64 [K].
+        oks_area: What OKS takes for an object's area: ``annotation`` the file's, ``box`` width times height,
+            ``box53`` 0.53 of that (the share of a person's box that the person covers, as in xtcocotools).
+        max_dets: Detections per image and category that count.
+
+    Raises:
+        ValueError: The number of sigmas is not that of the keypoints, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        iou_types: Sequence[str],
+        *,
+        indices: np.ndarray | None = None,
+        sigmas: np.ndarray | None = None,
+        oks_area: str = "annotation",
+        max_dets: int | None = None,
+    ) -> None:
+        if oks_area not in OKS_AREAS:
+            raise ValueError(f"unknown OKS area {oks_area!r}; expected one of {', '.join(OKS_AREAS)}")
+        self.annotations, self.iou_types, self.oks_area = annotations, tuple(iou_types), oks_area
+        self.params = {t: build_params(t, sigmas=sigmas, max_dets=max_dets) for t in self.iou_types}
+        if "keypoints" in self.params and annotations.num_objects:
+            check_sigmas(self.params["keypoints"].kpt_oks_sigmas, annotations.num_keypoints)
+        self.grids = {t: Grid.of(params) for t, params in self.params.items()}
+
+        indices = np.arange(len(annotations)) if indices is None else np.asarray(indices)
+        self.indices = indices[np.argsort(annotations.image_ids[indices], kind="stable")]
+        ids = annotations.image_ids[self.indices].tolist()
+        self.position_of = {image_id: position for position, image_id in enumerate(ids)}
+        self.category_ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)
+        self.truth_categories = np.searchsorted(self.category_ids, annotations.category_ids)
+        self.areas = {t: self._areas(t) for t in self.iou_types}
+        self.ignored = {t: self._ignored(t) for t in self.iou_types}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self.parts: dict[str, list[Matches]] = {t: [] for t in self.iou_types}
+        self.seen: set[int] = set()
+
+    def _areas(self, iou_type: str) -> np.ndarray:
+        """Return the area of every object, float64 [N]."""
+        boxes = self.annotations.boxes_xywh
+        if iou_type != "keypoints" or self.oks_area == "annotation":
+            return self.annotations.areas
+        return boxes[:, 2] * boxes[:, 3] * (0.53 if self.oks_area == "box53" else 1.0)
+
+    def _ignored(self, iou_type: str) -> np.ndarray:
+        """Return which objects never count, bool [N]."""
+        if iou_type != "keypoints":
+            return self.annotations.is_crowd
+        return self.annotations.is_crowd | (self.annotations.num_visible_keypoints() == 0)
+
+    def update(
+        self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Any]], label_map: LabelMap
+    ) -> list[Detections]:
+        """Match a batch of a torchvision model's outputs; returns them in the dataset's terms."""
+        batch = [detections_from_output(output, label_map) for output in outputs]
+        for image_id, detections in zip(image_ids, batch):
+            self.add(image_id, detections)
+        return batch
+
+    def add(self, image_id: int, detections: Detections) -> None:
+        """Match one image's detections; an image seen before is left out, and so are unknown categories.
+
+        Raises:
+            ValueError: The image is not among the evaluated ones, or a number is not finite.
+        """
+        position = self.position_of.get(int(image_id))
+        if position is None:
+            raise ValueError(f"image id {image_id} is not among the {len(self.indices)} evaluated images")
+        if position in self.seen:
+            return
+        self.seen.add(position)
+        known = np.isin(detections.category_ids, self.category_ids)
+        if not known.all():
+            detections = detections.take(np.flatnonzero(known))
+        if not np.isfinite(detections.scores).all():  # COCOeval gives a NaN score AP 1.0
+            raise ValueError(f"image id {image_id}: the score of a detection is not finite")
+        categories = np.searchsorted(self.category_ids, detections.category_ids)
+        for iou_type in self.iou_types:
+            self.parts[iou_type].append(self._match(iou_type, position, categories, detections))
+
+    def _match(self, iou_type: str, position: int, categories: np.ndarray, detections: Detections) -> Matches:
+        """Match one image's detections for one kind of score."""
+        grid = self.grids[iou_type]
+        kept, ranks = rank_detections(categories, detections.scores, grid.max_dets[-1])
+        detections, categories = detections.take(kept), categories[kept]
+        i = int(self.indices[position])
+        objects = self.annotations.objects(i)
+        places = {"bbox": detections.boxes_xywh, "keypoints": detections.keypoints}.get(iou_type)
+        if places is not None and not np.isfinite(places).all():
+            image_id = int(self.annotations.image_ids[i])
+            raise ValueError(f"image id {image_id}: a coordinate of a detection is not finite ({iou_type})")
+        truth_categories, crowd = self.truth_categories[objects], self.annotations.is_crowd[objects]
+        same = categories[:, None] == truth_categories[None, :]
+        partners = np.full(len(kept), -1)
+        if iou_type == "bbox":
+            assert detections.boxes_xywh is not None
+            iou = box_iou(detections.boxes_xywh, self.annotations.boxes_xywh[objects], crowd)
+            similarity, areas = np.where(same, iou, -1.0), detections.boxes_xywh[:, 2:].prod(axis=1)
+            partners = match_across_classes(iou, detections.scores, crowd)
+            on_object = partners >= 0
+            partners[on_object] = truth_categories[partners[on_object]]
+        elif iou_type == "segm":
+            similarity, areas = self._mask_similarity(i, objects, detections, same)
+        else:
+            similarity, areas = self._keypoint_similarity(objects, detections, same)
+        positive, ignored = match_image(
+            similarity, areas, self.areas[iou_type][objects], self.ignored[iou_type][objects], crowd, grid
+        )
+        positions = np.full(len(kept), position)
+        return Matches(positions, categories, ranks, partners, detections.scores, positive, ignored)
+
+    def _mask_similarity(
+        self, i: int, objects: slice, detections: Detections, same: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (IoU [D, G], detection areas [D])."""
+        height, width = int(self.annotations.heights[i]), int(self.annotations.widths[i])
+        assert detections.masks is not None
+        blocks = [as_block(mask, height, width) for mask in detections.masks]
+        areas = np.array([np.count_nonzero(block.pixels) for block in blocks], dtype=np.float64)
+        similarity = np.full(same.shape, -1.0)
+        for g in np.flatnonzero(same.any(axis=0)).tolist():
+            n, chosen = objects.start + g, np.flatnonzero(same[:, g])
+            similarity[chosen, g] = mask_iou(
+                [blocks[d] for d in chosen],
+                areas[chosen],
+                mask_block(self.annotations, i, n),
+                bool(self.annotations.is_crowd[n]),
+                float(self.grids["segm"].thresholds[0]),
+            )
+        return similarity, areas
+
+    def _keypoint_similarity(
+        self, objects: slice, detections: Detections, same: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (OKS [D, G], detection areas [D])."""
+        points = detections.keypoints
+        assert points is not None
+        similarity = np.full(same.shape, -1.0)
+        for g in np.flatnonzero(same.any(axis=0)).tolist():
+            n, chosen = objects.start + g, np.flatnonzero(same[:, g])
+            similarity[chosen, g] = object_keypoint_similarity(
+                points[chosen],
+                self.annotations.keypoints[n],
+                self.annotations.boxes_xywh[n],
+                float(self.areas["keypoints"][n]),
+                self.params["keypoints"].kpt_oks_sigmas,
+            )
+        return similarity, keypoint_extent(points)
+
+    def compute(self) -> EvalResult:
+        """Bring all ranks' matches together, accumulate on rank 0, and return the metrics on every rank.
+
+        All ranks must call it.
+        """
+        gathered = self._gather()
+        if gathered is None:
+            return EvalResult(**broadcast_json(None))
+        seen, matches = gathered
+        if len(seen) < len(self.indices):
+            logger.warning("%d of %d images were evaluated", len(seen), len(self.indices))
+        num_truths = {t: self._num_truths(t, seen) for t in self.iou_types}
+        curves = {t: accumulate(matches[t], num_truths[t], self.grids[t]) for t in self.iou_types}
+        names = [name for _, name in self.annotations.categories]
+        summary = {
+            "metrics": {t: summarize(curves[t], self.params[t]) for t in self.iou_types},
+            "per_class": {t: summarize_classes(curves[t], self.params[t], names) for t in self.iou_types},
+            "settings": self._settings(len(seen)),
+        }
+        return EvalResult(**broadcast_json(summary), curves=curves, matches=matches, num_truths=num_truths, seen=seen)
+
+    def _gather(self) -> tuple[np.ndarray, dict[str, Matches]] | None:
+        """Return on rank 0 (positions of the evaluated images, sorted matches of each kind), None elsewhere."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(sorted(self.seen), dtype=np.int32))
+        for t in self.iou_types:
+            self.parts[t] = [Matches.join(self.parts[t])]
+            _write_matches(buffer, self.parts[t][0], self.grids[t].num_bits)
+        parts = gather_bytes(buffer.getvalue())
+        if parts is None:
+            return None
+        gathered: dict[str, list[Matches]] = {t: [] for t in self.iou_types}
+        already = np.zeros(len(self.indices), dtype=bool)
+        for part in parts:
+            reader = io.BytesIO(part)
+            fresh = np.zeros(len(self.indices), dtype=bool)
+            fresh[np.load(reader)] = True
+            fresh &= ~already  # an image that two ranks have seen counts once
+            for t in self.iou_types:
+                matches = _read_matches(reader, self.grids[t].num_bits)
+                gathered[t].append(matches.take(fresh[matches.images]))
+            already |= fresh
+        return np.flatnonzero(already), {t: Matches.join(gathered[t]).sorted() for t in self.iou_types}
+
+    def _num_truths(self, iou_type: str, seen: np.ndarray) -> np.ndarray:
+        """Return the number of objects that count per category and area range, int64 [K, A]."""
+        annotations, areas = self.annotations, self.areas[iou_type]
+        is_seen = np.zeros(len(annotations), dtype=bool)
+        is_seen[self.indices[seen]] = True
+        counts = np.repeat(is_seen, np.diff(annotations.object_starts)) & ~self.ignored[iou_type]
+        columns = []
+        for low, high in self.grids[iou_type].area_ranges:
+            inside = counts & (areas >= low) & (areas <= high)
+            columns.append(np.bincount(self.truth_categories[inside], minlength=len(self.category_ids)))
+        return np.stack(columns, axis=1)
+
+    def _settings(self, num_images: int) -> dict[str, Any]:
+        """Return what the figures depend on."""
+        settings: dict[str, Any] = {"num_images": num_images, "pycocotools": version("pycocotools")}
+        for t in self.iou_types:
+            settings[f"max_dets_{t}"] = [int(m) for m in self.params[t].maxDets]
+        if "keypoints" in self.params:
+            settings["kpt_oks_sigmas"] = [float(s) for s in self.params["keypoints"].kpt_oks_sigmas]
+            settings["oks_area"] = self.oks_area
+        return settings
+
+
+def _write_matches(file: io.BytesIO, matches: Matches, num_bits: int) -> None:
+    """Append the columns of matches to ``file``; of the bit columns only the bytes in use."""
+    num_bytes = -(-num_bits // 8)
+    *others, positive, ignored = matches.columns()
+    for column in others:
+        np.save(file, column)
+    for bits in (positive, ignored):
+        np.save(file, np.ascontiguousarray(bits.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :num_bytes]))
+
+
+def _read_matches(file: io.BytesIO, num_bits: int) -> Matches:
+    """Read what `_write_matches` wrote."""
+    *others, positive, ignored = (np.load(file) for _ in range(7))
+    wide = []
+    for columns in (positive, ignored):
+        padded = np.zeros((len(columns), 8), dtype=np.uint8)
+        padded[:, : columns.shape[1]] = columns
+        wide.append(padded.view("<u8")[:, 0].astype(np.uint64))
+    return Matches(*others, *wide)
+
+
+def format_summary(result: EvalResult) -> str:
+    """Return the figures as text, one block per kind of score, one line per figure."""
+    titles = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
+    lines = []
+    for iou_type, figures in result.metrics.items():
+        lines.append(f"{titles[iou_type]} (COCO, {result.settings['num_images']} images)")
+        for name, value in figures.items():
+            text = "n/a (no such object in the ground truth)" if value is None else f"{value:.4f}"
+            lines.append(f"  {name:<10} {text}")
+    return "\n".join(lines)
