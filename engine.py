@@ -1,0 +1,310 @@
+"""One epoch of training, and evaluation. Loops and nothing else: what they work on is made elsewhere."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coco_eval import CocoEvaluator, EvalResult
+from data_loading import DeviceLoader
+from detection_dataset import LabelMap
+from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
+from optimization import LearningRate
+from packing import Targets
+from progress import EpochLog
+from stopping import StopRequest
+from utils import all_reduce_max, seed_torch
+
+logger = logging.getLogger(__name__)
+
+ON_NAN = ("stop", "skip")
+
+# So many updates in a row may be skipped before the run is given up.
+MAX_SKIPPED_IN_A_ROW = 20
+
+# Batches of an evaluation between two looks at the wish to stop.
+EVAL_POLL = 10
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss that is NaN or infinite; the text names term, step, rate and image ids."""
+
+
+@dataclass
+class Progress:
+    """Where a run is: the position that a checkpoint continues from.
+
+    Attributes:
+        epoch: Current epoch, from 0.
+        batches: Batches of the epoch's global list that are done.
+        updates: Optimizer updates since the start of the run.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    updates: int = 0
+
+
+@dataclass
+class StepRecord:
+    """What is remembered of a step until its flags have arrived on the host.
+
+    Attributes:
+        epoch: From 0.
+        step: Within the epoch.
+        lr: Of its update.
+        names: Of the loss terms.
+        losses: float [len(names)], on the device.
+        images: The batch.
+        targets: The batch.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    names: list[str]
+    losses: Tensor
+    images: list[Tensor]
+    targets: Targets
+
+
+@dataclass
+class StepGuard:
+    """Lets all ranks agree, step by step, whether a loss was not finite and whether someone was asked to stop.
+
+    The two flags travel in one small reduction and are read on the host one step late on a GPU, when they have
+    long arrived: nothing waits for them. An update with a non-finite loss is not made in the first place, since the
+    optimizer reads the flag on the device.
+
+    Attributes:
+        device: Where losses are.
+        stop: This process's own wish to stop.
+        on_nan: ``stop`` or ``skip``, for losses that are not finite.
+        has_scaler: In float16 an overflow belongs to the scaler, which leaves out the update and lowers its scale.
+        debug_folder: Where a batch with a bad loss is saved.
+    """
+
+    device: torch.device
+    stop: StopRequest
+    on_nan: str = "stop"
+    has_scaler: bool = False
+    debug_folder: Path | None = None
+    stopping: bool = False
+    _skipped: int = 0
+    _waiting: list[tuple[Tensor, StepRecord]] = field(default_factory=list)
+
+    def agree(self, record: StepRecord) -> Tensor:
+        """Reduce this step's flags; returns a float tensor on the device, 1 if any rank's loss is not finite."""
+        bad = (~torch.isfinite(record.losses).all()).to(torch.float32)
+        flags = all_reduce_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop)))]))
+        on_host = flags.to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            on_host.arrived = event  # type: ignore[attr-defined]
+        self._waiting.append((on_host, record))
+        return flags[0]
+
+    def look(self, is_last: bool) -> None:
+        """Act on the flags that are due: set ``stopping``, report bad losses.
+
+        Raises:
+            NonFiniteLossError: See `report_bad_loss`.
+        """
+        lag = 1 if self.device.type == "cuda" and not is_last else 0
+        while len(self._waiting) > lag:
+            flags, record = self._waiting.pop(0)
+            if self.device.type == "cuda":
+                flags.arrived.synchronize()  # type: ignore[attr-defined]
+            bad, stop = flags.tolist()
+            self.stopping |= stop > 0
+            self._skipped = self._skipped + 1 if bad else 0
+            given_up = self._skipped >= MAX_SKIPPED_IN_A_ROW
+            if bad and (not self.has_scaler or given_up):
+                report_bad_loss(record, self.on_nan == "stop" or given_up, self.debug_folder)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: DeviceLoader,
+    *,
+    progress: Progress,
+    learning_rate: LearningRate,
+    seed: int,
+    stop: StopRequest,
+    scaler: torch.amp.GradScaler | None = None,
+    amp_dtype: torch.dtype | None = None,
+    accumulate: int = 1,
+    clip_grad_norm: float | None = None,
+    print_freq: int = 20,
+    on_nan: str = "stop",
+    after_update: Callable[[], None] = lambda: None,
+    debug_folder: Path | None = None,
+) -> dict[str, float]:
+    """Train from ``progress`` to the end of its epoch, or until a rank is asked to stop.
+
+    Args:
+        model: In DDP or bare; returns a dict of losses.
+        optimizer: With fused kernels.
+        loader: Its batch sampler is a `GroupedBatchSampler` at ``progress``.
+        progress: Moved forward with every update.
+        learning_rate: Rate of every update.
+        seed: The generators are seeded from (seed, epoch, batch) before each step, so a step does not depend on
+            the steps before it.
+        stop: Looked at by all ranks together.
+        scaler: For float16.
+        amp_dtype: Autocast to this type; None computes in float32.
+        accumulate: Steps per update.
+        clip_grad_norm: Largest norm of the gradient.
+        print_freq: Steps between log lines.
+        on_nan: ``stop`` raises `NonFiniteLossError`, ``skip`` leaves the update out and goes on.
+        after_update: Called after every update, for checkpoints.
+        debug_folder: Where a batch with a non-finite loss is saved.
+
+    Returns:
+        Averages of the epoch, see `EpochLog.finish`.
+    """
+    model.train()
+    device = loader.device
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, GroupedBatchSampler)
+    log = EpochLog(f"Epoch: [{progress.epoch}]", len(sampler), print_freq, device)
+    guard = StepGuard(device, stop, on_nan, scaler is not None, debug_folder)
+    bad: Tensor | None = None
+    asked_at = time.perf_counter()
+    for step, (images, targets) in enumerate(loader):
+        wait = time.perf_counter() - asked_at
+        is_update = (step + 1) % accumulate == 0 or step + 1 == len(sampler)
+        seed_torch(seed, "step", progress.epoch, sampler.first_batch + step * sampler.world_size + sampler.rank)
+        lr = learning_rate.set(optimizer, progress.epoch, progress.updates)
+
+        sync = contextlib.nullcontext() if is_update else _no_sync(model)
+        with sync:
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                loss_dict = model(images, targets)
+            loss = sum(loss_dict.values()) * sampler.weight(step, accumulate)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+        losses = torch.stack([term.detach().float() for term in loss_dict.values()])
+        record = StepRecord(progress.epoch, step, lr, list(loss_dict), losses, images, targets)
+        bad_now = guard.agree(record)
+        bad = bad_now if bad is None else torch.maximum(bad, bad_now)
+        log.step(record.names, losses, lr=lr, num_images=len(images), wait=wait)
+        if is_update:
+            update_parameters(optimizer, scaler, clip_grad_norm, bad)
+            bad = None
+            progress.updates += 1
+            progress.batches = sampler.done_after(step + 1)
+        guard.look(is_last=step + 1 == len(sampler))
+        if is_update:
+            after_update()
+            if guard.stopping:
+                break
+        asked_at = time.perf_counter()
+    return log.finish()
+
+
+def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Keep DDP from reducing gradients until the last step of an update."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def update_parameters(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad_norm: float | None, bad: Tensor
+) -> None:
+    """Take one optimizer step and clear the gradients; nothing changes where ``bad`` (on the device) is not 0."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if clip_grad_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        bad = torch.maximum(bad, (~torch.isfinite(norm)).to(bad.dtype))
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # The protocol between GradScaler and fused optimizers: a step with found_inf 1 does nothing.
+        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)
+
+
+def report_bad_loss(record: StepRecord, gives_up: bool, debug_folder: Path | None) -> None:
+    """Say which loss was not finite and on which images.
+
+    Raises:
+        NonFiniteLossError: If ``gives_up``.
+    """
+    values = dict(zip(record.names, record.losses.tolist()))
+    here = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    ids = [target["image_id"] for target in record.targets]
+    text = f"epoch {record.epoch} step {record.step}: loss not finite ({', '.join(here) or 'on another process'}), "
+    text += f"learning rate {record.lr:.6g}, image ids {ids}"
+    if here and debug_folder is not None:
+        path = debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}.pt"
+        torch.save({"images": record.images, "targets": record.targets, "losses": values}, path)
+        text += f"; the batch is in {path}"
+    if gives_up:
+        hint = "lower --lr, lengthen --warmup-iters, or set --clip-grad-norm; --on-nan skip goes on without the batch"
+        raise NonFiniteLossError(f"{text}; {hint}")
+    logger.warning("%s; the update is skipped", text)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DeviceLoader,
+    evaluator: CocoEvaluator,
+    label_map: LabelMap,
+    *,
+    print_freq: int = 100,
+    on_batch: Callable[[list[int], list[Any]], None] = lambda image_ids, detections: None,
+    stop: StopRequest | None = None,
+) -> EvalResult | None:
+    """Score ``model`` on ``loader``'s images; all ranks get the same result.
+
+    The model's mode and the random generators are afterwards as they were.
+
+    Args:
+        model: Bare, not in DDP: the ranks may have different numbers of batches.
+        loader: With an `EvalBatchSampler`.
+        evaluator: Of the same images; what it held is forgotten.
+        label_map: What the model's labels mean.
+        print_freq: Batches between log lines.
+        on_batch: Gets the image ids and detections of every batch.
+        stop: Looked at by all ranks together every `EVAL_POLL` batches.
+
+    Returns:
+        The metrics; None if a rank was asked to stop.
+    """
+    assert isinstance(loader.batch_sampler, EvalBatchSampler)
+    was_training = model.training
+    cpu_rng = torch.get_rng_state()
+    evaluator.reset()
+    model.eval()
+    try:
+        start = time.perf_counter()
+        for step, (images, targets) in enumerate(loader):
+            outputs = model(images)
+            image_ids = [target["image_id"] for target in targets]
+            on_batch(image_ids, evaluator.update(image_ids, outputs, label_map))
+            # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
+            polls = stop is not None and (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
+            if polls and bool(all_reduce_max(torch.tensor([float(bool(stop))]))):
+                return None
+            if (step + 1) % print_freq == 0 or step + 1 == len(loader):
+                rate = (time.perf_counter() - start) / (step + 1)
+                logger.info("Test: [%d/%d]  %.3f s / batch", step + 1, len(loader), rate)
+        return evaluator.compute()
+    finally:
+        model.train(was_training)
+        torch.set_rng_state(cpu_rng)

@@ -1,0 +1,97 @@
+"""What a run prints while it trains, and the averages it keeps."""
+
+import datetime
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from utils import all_reduce_sum, world_size
+
+logger = logging.getLogger(__name__)
+
+
+class EpochLog:
+    """Collects one epoch's losses and times; losses stay on the device until a line is printed.
+
+    Args:
+        title: Start of every line.
+        num_steps: Length of the epoch.
+        print_freq: Steps between lines.
+        device: Where losses are.
+    """
+
+    def __init__(self, title: str, num_steps: int, print_freq: int, device: torch.device) -> None:
+        self.title, self.num_steps, self.print_freq, self.device = title, num_steps, print_freq, device
+        self.names: list[str] = []
+        self.pending: list[Tensor] = []
+        self.totals: Tensor | None = None
+        self.count = 0
+        self.images = self.images_printed = 0
+        self.wait = self.wait_printed = 0.0
+        self.start = self.last_print = time.perf_counter()
+
+    def step(self, names: Sequence[str], losses: Tensor, *, lr: float, num_images: int, wait: float) -> None:
+        """Note one step.
+
+        Args:
+            names: Of the loss terms.
+            losses: float [len(names)], on the device.
+            lr: Rate of the step's update.
+            num_images: Images of this process.
+            wait: Seconds spent waiting for the batch.
+        """
+        self.names = list(names)
+        self.pending.append(losses)
+        self.images += num_images
+        self.wait += wait
+        self.count += 1
+        if self.count % self.print_freq == 0 or self.count == self.num_steps or self.count == 1:
+            self._print(lr)
+
+    def _flush(self) -> Tensor:
+        """Return the mean of the pending losses over steps and ranks, on the CPU, and add them to the totals."""
+        recent = torch.stack(self.pending).to("cpu", torch.float64)
+        self.pending = []
+        total = all_reduce_sum(recent.sum(dim=0)) / world_size()
+        self.totals = total if self.totals is None else self.totals + total
+        return total / len(recent)
+
+    def _print(self, lr: float) -> None:
+        recent = self._flush()
+        now = time.perf_counter()
+        seconds = max(now - self.last_print, 1e-9)
+        images = float(all_reduce_sum(torch.tensor([float(self.images - self.images_printed)])))
+        waited = (self.wait - self.wait_printed) / seconds
+        eta = datetime.timedelta(seconds=int((now - self.start) / self.count * (self.num_steps - self.count)))
+        assert self.totals is not None
+        mean = self.totals / self.count
+        parts = [
+            f"{self.title} [{self.count}/{self.num_steps}]",
+            f"eta: {eta}",
+            f"lr: {lr:.6f}",
+            f"loss: {recent.sum():.4f} ({mean.sum():.4f})",
+            *(f"{name}: {a:.4f} ({b:.4f})" for name, a, b in zip(self.names, recent, mean)),
+            f"img/s: {images / seconds:.1f}",
+            f"data wait: {waited:.0%}",
+        ]
+        if self.device.type == "cuda":
+            parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.device) >> 20} MB")
+        logger.info("  ".join(parts))
+        self.last_print, self.images_printed, self.wait_printed = now, self.images, self.wait
+
+    def finish(self) -> dict[str, float]:
+        """Return the epoch's averages: ``loss``, each term, ``img_per_s``, ``data_wait`` (a share), ``seconds``."""
+        if self.pending:
+            self._flush()
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        images = float(all_reduce_sum(torch.tensor([float(self.images)])))
+        averages = {"seconds": seconds, "img_per_s": images / seconds, "data_wait": self.wait / seconds}
+        if self.totals is not None and self.count:
+            mean = (self.totals / self.count).tolist()
+            averages = {"loss": sum(mean), **dict(zip(self.names, mean)), **averages}
+        if self.device.type == "cuda":
+            averages["max_mem_mb"] = float(torch.cuda.max_memory_allocated(self.device) >> 20)
+        return averages

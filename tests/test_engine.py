@@ -1,0 +1,309 @@
+"""The training step: no update on a bad loss, no wait of its own, sums over steps and processes."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch import nn
+
+from engine import NonFiniteLossError, Progress, evaluate, train_one_epoch, update_parameters
+from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
+from optimization import LearningRate, build_optimizer
+from stopping import StopRequest
+
+CPU = torch.device("cpu")
+
+
+class ToyModel(nn.Module):
+    """A model with torchvision's training interface: a dict of losses."""
+
+    def __init__(self, bad_ids=()):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.bad_ids = set(bad_ids)
+
+    def forward(self, images, targets=None):
+        means = torch.stack([image.mean(dim=(1, 2)) for image in images])
+        error = (self.layer(means)[:, 0] - torch.tensor([float(t["image_id"]) for t in targets])).square().mean()
+        if self.bad_ids & {t["image_id"] for t in targets}:
+            error = error * float("nan")
+        return {"loss_a": error, "loss_b": 0.1 * self.layer.weight.square().sum()}
+
+
+class ToyLoader:
+    """Yields batches of numbered random images in the sampler's order."""
+
+    def __init__(self, sampler):
+        self.batch_sampler, self.device = sampler, CPU
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        for batch in self.batch_sampler:
+            ids = [index for _, index in batch]
+            images = [torch.from_numpy(np.random.default_rng(i).random((3, 4, 4), dtype=np.float32)) for i in ids]
+            yield images, [{"image_id": i} for i in ids]
+
+
+def sampler(num_images=12, **options):
+    options = {"group_factor": -1, "batch_size": 2, "seed": 0, **options}
+    return GroupedBatchSampler(np.full(num_images, 4), np.full(num_images, 4), **options)
+
+
+def train(model, *, stop=None, loader=None, progress=None, **options):
+    optimizer = build_optimizer(model, "sgd", lr=0.05, momentum=0.9, weight_decay=0.0)
+    progress = Progress() if progress is None else progress
+    averages = train_one_epoch(
+        nn.parallel.DistributedDataParallel(model) if torch.distributed.is_initialized() else model,
+        optimizer,
+        ToyLoader(sampler()) if loader is None else loader,
+        progress=progress,
+        learning_rate=LearningRate(0.05, 1),
+        seed=0,
+        stop=StopRequest() if stop is None else stop,
+        print_freq=3,
+        **options,
+    )
+    return averages, progress
+
+
+def fresh(**options):
+    torch.manual_seed(0)
+    return ToyModel(**options)
+
+
+def test_an_epoch_equals_a_bare_loop():
+    model, plain = fresh(), fresh()
+    averages, progress = train(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for images, targets in ToyLoader(sampler()):
+        loss = sum(plain(images, targets).values())
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(model.layer.weight, plain.layer.weight, atol=1e-6)
+    assert averages["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert averages["loss"] == pytest.approx(averages["loss_a"] + averages["loss_b"])
+    assert (progress.updates, progress.batches) == (6, 6)
+
+
+def test_accumulated_steps_equal_larger_batches():
+    """Two batches of two, added, move the weights like their average over four images."""
+    model, plain = fresh(), fresh()
+    _, progress = train(model, accumulate=2)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    batches = list(ToyLoader(sampler()))
+    for first, second in zip(batches[0::2], batches[1::2]):
+        loss = sum(sum(plain(*batch).values()) for batch in (first, second)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(model.layer.weight, plain.layer.weight, atol=1e-6)
+    assert progress.updates == 3
+
+
+def test_a_bad_loss_stops_with_its_name_step_rate_and_images(tmp_path):
+    model = fresh(bad_ids=[5])
+    with pytest.raises(
+        NonFiniteLossError, match=r"epoch 0 step \d+.*loss_a = nan.*rate 0\.05.*image ids \[.*5.*\]"
+    ) as error:
+        train(model, debug_folder=tmp_path)
+    assert "loss_b" not in str(error.value)
+    (saved,) = tmp_path.glob("bad_batch_*.pt")
+    assert 5 in [t["image_id"] for t in torch.load(saved, weights_only=True)["targets"]]
+    assert torch.isfinite(model.layer.weight).all()
+
+
+def test_skip_leaves_out_the_update_and_nothing_else():
+    """Equal to a bare loop that passes over the bad batch, optimizer momentum included."""
+    model, plain = fresh(bad_ids=[5]), fresh()
+    train(model, on_nan="skip")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    for images, targets in ToyLoader(sampler()):
+        if 5 in [t["image_id"] for t in targets]:
+            continue
+        optimizer.zero_grad()
+        sum(plain(images, targets).values()).backward()
+        optimizer.step()
+    assert torch.allclose(model.layer.weight, plain.layer.weight, atol=1e-6)
+
+
+def test_endless_skipping_is_given_up():
+    with pytest.raises(NonFiniteLossError):
+        train(fresh(bad_ids=range(100)), on_nan="skip", loader=ToyLoader(sampler(60)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_an_update_with_the_flag_set_changes_nothing(name):
+    model = nn.Linear(3, 3)
+    optimizer = build_optimizer(model, name, lr=0.1, momentum=0.9, weight_decay=0.1)
+    for flag in (0.0, 1.0, 1.0):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        state = repr(optimizer.state_dict())
+        model(torch.randn(2, 3)).sum().backward()
+        update_parameters(optimizer, None, None, torch.tensor(flag))
+        changed = any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert changed == (flag == 0.0)
+        if flag:
+            assert repr(optimizer.state_dict()) == state
+        assert model.weight.grad is None
+
+
+def test_clipping_limits_the_gradient_and_a_bad_norm_skips():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(model, "sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    before = model.weight.detach().clone()
+    (model(torch.tensor([[300.0, 400.0]])).sum() * 10).backward()
+    update_parameters(optimizer, None, 0.5, torch.tensor(0.0))
+    assert float((model.weight - before).norm()) == pytest.approx(0.5, rel=1e-4)
+    before = model.weight.detach().clone()
+    (model(torch.tensor([[1.0, 1.0]])).sum() * float("inf")).backward()
+    update_parameters(optimizer, None, 0.5, torch.tensor(0.0))
+    assert torch.equal(model.weight, before)
+
+
+def test_float16_overflow_belongs_to_the_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    model = fresh()
+    train(model, scaler=scaler)
+    assert scaler.get_scale() < 2.0**127
+    assert torch.isfinite(model.layer.weight).all()
+
+
+def test_bfloat16_autocast_trains_on_the_cpu():
+    averages, _ = train(fresh(), amp_dtype=torch.bfloat16)
+    assert np.isfinite(averages["loss"])
+
+
+def test_a_stop_ends_after_the_current_update():
+    stop = StopRequest()
+    seen = []
+
+    def after_update():
+        seen.append(1)
+        if len(seen) == 2:
+            stop.signal_name = "SIGTERM"
+
+    _, progress = train(fresh(), stop=stop, after_update=after_update)
+    assert progress.updates == 3 and progress.batches == 3
+
+
+def test_a_step_does_not_depend_on_the_steps_before(monkeypatch):
+    """The generators are seeded per step: dropout-like noise is the same after a resume."""
+
+    class Noisy(ToyModel):
+        def forward(self, images, targets=None):
+            draws.append(float(torch.rand(())))
+            return super().forward(images, targets)
+
+    runs = []
+    for first_batch in (0, 2):
+        draws = []
+        torch.manual_seed(first_batch)
+        order = sampler()
+        order.set_epoch(0, first_batch)
+        train(Noisy(), loader=ToyLoader(order))
+        runs.append(draws)
+    assert runs[0][2:] == runs[1]
+
+
+def _train_rank(rank, world_size, mode):
+    torch.manual_seed(0)
+    stop = StopRequest()
+    order = sampler(13, batch_size=2, rank=rank, world_size=world_size)
+    model = ToyModel(bad_ids=[3] if mode == "nan" else [])
+    progress = Progress()
+    if mode == "stop" and rank == 1:
+        stop.signal_name = "SIGTERM"
+    try:
+        train(model, loader=ToyLoader(order), stop=stop, progress=progress)
+    except NonFiniteLossError as error:
+        return str(error), model.layer.weight.tolist(), vars(progress)
+    return None, model.layer.weight.tolist(), vars(progress)
+
+
+def test_two_processes_equal_one_with_twice_the_batch():
+    ranks = run_on_ranks(2, _train_rank, "plain")
+    assert ranks[0][1] == ranks[1][1]
+    plain = fresh()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    batches = sampler(13, batch_size=2).epoch_batches(0)
+    loader = ToyLoader(sampler(13, batch_size=2))
+    by_batch = list(loader)
+    assert len(batches) == 6
+    for first, second in zip(by_batch[0::2], by_batch[1::2]):
+        loss = sum(sum(plain(*batch).values()) for batch in (first, second)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(plain.layer.weight, torch.tensor(ranks[0][1]), atol=1e-5)
+
+
+def test_all_ranks_stop_together_on_a_bad_loss_of_one():
+    ranks = run_on_ranks(2, _train_rank, "nan")
+    assert ranks[0][1] == ranks[1][1] and ranks[0][2] == ranks[1][2]
+    errors = [error for error, _, _ in ranks]
+    assert all(errors) and sum("loss_a = nan" in error for error in errors) == 1
+    assert sum("on another process" in error for error in errors) == 1
+
+
+def test_all_ranks_stop_together_when_one_is_asked():
+    ranks = run_on_ranks(2, _train_rank, "stop")
+    assert ranks[0][1:] == ranks[1][1:]
+    assert ranks[0][2]["updates"] == 1
+
+
+class ToyEvaluator:
+    def __init__(self):
+        self.ids = []
+
+    def reset(self):
+        self.ids = []
+
+    def update(self, image_ids, outputs, label_map):
+        self.ids += image_ids
+        return []
+
+    def compute(self):
+        return self.ids
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_restores_mode_and_generators(training):
+    class Model(nn.Module):
+        def forward(self, images):
+            assert not self.training
+            torch.rand(3)
+            return [{} for _ in images]
+
+    model = Model().train(training)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    ids = evaluate(model, ToyLoader(EvalBatchSampler(5, batch_size=2)), ToyEvaluator(), None)
+    assert ids == [0, 1, 2, 3, 4]
+    assert model.training == training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_evaluation_that_fails_restores_the_mode_too():
+    class Broken(nn.Module):
+        def forward(self, images):
+            raise ArithmeticError
+
+    model = Broken().train()
+    with pytest.raises(ArithmeticError):
+        evaluate(model, ToyLoader(EvalBatchSampler(2)), ToyEvaluator(), None)
+    assert model.training
+
+
+def test_an_evaluation_ends_when_asked_to_stop():
+    class Model(nn.Module):
+        def forward(self, images):
+            return [{} for _ in images]
+
+    stop = StopRequest()
+    stop.signal_name = "SIGTERM"
+    assert evaluate(Model(), ToyLoader(EvalBatchSampler(50)), ToyEvaluator(), None, stop=stop) is None

@@ -1,0 +1,316 @@
+"""The command line as users run it: flags, errors, training, scores that repeat."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import draw_coco, run_train
+
+import train
+from models import ARCHITECTURES, ModelSpec, build_model
+from stopping import STOP_SIGNALS
+
+SMALL = ["--min-size", "64", "--max-size", "100"]
+QUICK = ["--device", "cpu", "--workers", "0", "--epochs", "1", "--warmup-iters", "0", "--lr", "0.0001"]
+
+
+@pytest.fixture(autouse=True)
+def restore_process(monkeypatch):
+    """In-process runs change signal handlers and the root logger."""
+    import logging
+    import signal
+
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    root = logging.getLogger()
+    saved = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = saved[0], saved[1]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*flags):
+    return train.run([str(flag) for flag in flags])
+
+
+def lines(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+REFERENCE_DEFAULTS = {
+    "data_path": "/datasets01/COCO/022719/", "dataset": "coco", "model": "maskrcnn_resnet50_fpn", "batch_size": 2,
+    "epochs": 26, "workers": 4, "opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4,
+    "norm_weight_decay": None, "lr_scheduler": "multisteplr", "lr_step_size": 8, "lr_steps": [16, 22],
+    "lr_gamma": 0.1, "print_freq": 20, "resume": "", "start_epoch": 0, "aspect_ratio_group_factor": 3,
+    "rpn_score_thresh": None, "trainable_backbone_layers": None, "data_augmentation": "hflip", "sync_bn": False,
+    "test_only": False, "use_deterministic_algorithms": False, "world_size": 1, "dist_url": "env://", "weights": None,
+    "weights_backbone": None, "amp": False, "use_copypaste": False, "backend": "pil", "use_v2": False,
+}  # fmt: skip
+
+
+def test_flags_of_the_reference_have_its_defaults():
+    args = vars(train.get_args_parser().parse_args([]))
+    assert {name: args[name] for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+
+
+@pytest.mark.parametrize("text", ["SGD", "sgd_Nesterov", "AdamW"])
+def test_reference_spellings_are_understood(text):
+    args = train.get_args_parser().parse_args(
+        ["--opt", text, "--lr-scheduler", "CosineAnnealingLR", "--start_epoch", "3", "--weight-decay", "0", "-j", "1"]
+    )
+    assert args.opt == text.lower() and args.lr_scheduler == "cosineannealinglr" and args.start_epoch == 3
+
+
+BAD_FLAGS = {
+    "unknown model": (["--model", "yolo"], "invalid choice: 'yolo'"),
+    "unknown dataset": (["--dataset", "voc"], "invalid choice: 'voc'"),
+    "unknown augmentation": (["--data-augmentation", "mosaic"], "invalid choice: 'mosaic'"),
+    "unknown optimizer": (["--opt", "lamb"], "invalid choice: 'lamb'"),
+    "zero batch": (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    "negative workers": (["--workers", "-1"], "--workers -1: must not be negative"),
+    "keypoints on coco": (["--model", "keypointrcnn_resnet50_fpn"], "use --dataset coco_kp"),
+    "size of an SSD": (["--model", "ssd300_vgg16", "--min-size", "300"], "always resizes to (300, 300)"),
+    "lsj with an SSD": (["--model", "ssd300_vgg16", "--data-augmentation", "lsj"], "always resizes; use ssd"),
+    "copy-paste alone": (["--use-copypaste"], "--use-copypaste needs --data-augmentation lsj"),
+    "copy-paste boxes": (["--use-copypaste", "--data-augmentation", "lsj", "--model", "fcos_resnet50_fpn"], "pastes masks"),
+    "sigmas without keypoints": (["--kpt-oks-sigmas", "0.1"], "maskrcnn_resnet50_fpn has no keypoints"),
+    "proposals of FCOS": (["--model", "fcos_resnet50_fpn", "--rpn-score-thresh", "0.1"], "no region proposals"),
+    "test of nothing": (["--test-only"], "--test-only needs a model"),
+    "unknown weights": (["--weights", "Nothing.COCO_V9"], "no such file and no such weights"),
+    "weights of another model": (["--weights", "FCOS_ResNet50_FPN_Weights.COCO_V1"], "no such weights"),
+    "missing weights file": (["--weights-backbone", "/nowhere/a.pth"], "/nowhere/a.pth: no such file"),
+    "unknown device": (["--device", "tpu9"], "--device tpu9"),
+    "images without annotations": (["--train-images", "x"], "need --train-annotations"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_end_with_code_2_and_one_line(name, capsys):
+    flags, message = BAD_FLAGS[name]
+    with pytest.raises(SystemExit) as exit_:
+        run(*flags)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_data_ends_with_code_1_and_one_line(tmp_path, capsys):
+    assert run(*QUICK, "--data-path", tmp_path, "--output-dir", "") == 1
+    error = capsys.readouterr().err
+    assert "instances_train2017.json" in error and "--data-path" in error and len(error.splitlines()) == 1
+
+
+def test_missing_images_are_all_named(drawn_coco, capsys):
+    (drawn_coco / "train2017" / "000002.png").unlink()
+    (drawn_coco / "train2017" / "000003.png").unlink()
+    flags = [*QUICK, *SMALL, "--data-path", drawn_coco, "--output-dir", ""]
+    assert run(*flags) == 1
+    error = capsys.readouterr().err
+    assert "000002.png: no such file" in error and "000003.png: no such file" in error
+
+
+def test_an_empty_dataset_is_named(drawn_coco, capsys):
+    path = drawn_coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    assert run(*QUICK, *SMALL, "--data-path", drawn_coco, "--output-dir", "") == 1
+    assert "no objects to train on" in capsys.readouterr().err
+
+
+def test_only_one_log_line_says_that_old_flags_change_nothing(drawn_coco, capsys):
+    run(*QUICK, "--data-path", drawn_coco / "nowhere", "--use-v2", "--backend", "tv_tensor", "--output-dir", "")
+    assert capsys.readouterr().out.count("--use-v2 and --backend change nothing") == 1
+
+
+def train_once(root, output_dir, *flags, model="ssdlite320_mobilenet_v3_large"):
+    assert run(*QUICK, "--data-path", root, "--model", model, "--output-dir", output_dir, *flags) == 0
+
+
+def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_coco, tmp_path):
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "4")
+    (line,) = lines(out)
+    assert line["epoch"] == 0 and set(line["bbox"]) >= {"AP", "AP50", "AR"} and line["train"]["loss"] > 0
+    assert line["settings"]["num_images"] == 6
+    names = sorted(p.name for p in (out / "weights").glob("*.pth"))
+    assert names == ["checkpoint.pth", "model_0.pth"]
+
+    shutil.rmtree(drawn_coco / "train2017")  # --test-only needs no training data
+    (drawn_coco / "annotations" / "instances_train2017.json").unlink()
+    again = tmp_path / "again"
+    checkpoint = out / "weights" / "checkpoint.pth"
+    train_once(drawn_coco, again, "--test-only", "--resume", checkpoint)
+    (repeated,) = lines(again)
+    assert repeated["bbox"] == line["bbox"] and repeated["per_class"] == line["per_class"]
+    assert not (again / "weights").exists()
+
+
+def test_the_model_entry_loads_into_torchvisions_builder(drawn_coco, tmp_path):
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+    train_once(drawn_coco, tmp_path / "out", "--batch-size", "4")
+    content = torch.load(tmp_path / "out" / "weights" / "model_0.pth", weights_only=True)
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=91)
+    model.load_state_dict(content["model"])
+    assert content["dataset"]["label_names"][:3] == ["person", "bicycle", "car"]  # COCO's own, with its 91 labels
+
+
+def test_resuming_takes_up_epoch_optimizer_and_rate(drawn_coco, tmp_path):
+    flags = ["--batch-size", "3", "--lr-steps", "1", "--epochs", "2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_once(drawn_coco, whole, *flags)
+    train_once(drawn_coco, parts, *flags[:-1], "1")
+    train_once(drawn_coco, parts, *flags, "--resume", parts / "weights" / "checkpoint.pth")
+    a, b = (torch.load(p / "weights" / "checkpoint.pth", weights_only=True) for p in (whole, parts))
+    assert a["progress"] == b["progress"] == {"epoch": 2, "batches": 0, "updates": 4}
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert [line["bbox"] for line in lines(whole)] == [line["bbox"] for line in lines(parts)]
+
+
+def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsys):
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "3", "--resume", "auto")
+    assert "starting anew" in capsys.readouterr().out
+    train_once(drawn_coco, out, "--batch-size", "3", "--resume", "auto", "--epochs", "2")
+    assert "continuing from" in capsys.readouterr().out
+    assert [line["epoch"] for line in lines(out)] == [0, 1]
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_values(drawn_coco, tmp_path, capsys):
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "3")
+    checkpoint = out / "weights" / "checkpoint.pth"
+    common = [*QUICK, "--data-path", drawn_coco, "--output-dir", "", "--resume", checkpoint, "--test-only"]
+    assert run(*common, "--model", "ssd300_vgg16") == 1
+    error = capsys.readouterr().err
+    assert "name is ssdlite320_mobilenet_v3_large" in error and "ask for ssd300_vgg16" in error
+    other = draw_coco(tmp_path / "other")
+    path = other / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text().replace('"categories": [', '"categories": [{"id": 9, "name": "goat"}, '))
+    flags = [
+        "--data-path",
+        other,
+        "--model",
+        "ssdlite320_mobilenet_v3_large",
+        "--output-dir",
+        "",
+        "--resume",
+        checkpoint,
+    ]
+    assert run(*QUICK, *flags) == 1
+    assert "num_classes is 91, flags and data ask for 5" in capsys.readouterr().err
+
+
+def test_a_non_finite_loss_ends_with_code_3(drawn_coco, tmp_path, capsys):
+    flags = [
+        *QUICK,
+        "--data-path",
+        drawn_coco,
+        "--model",
+        "ssdlite320_mobilenet_v3_large",
+        "--output-dir",
+        tmp_path / "o",
+    ]
+    assert run(*flags, "--batch-size", "3", "--epochs", "4", "--lr", "1e30") == 3
+    out = capsys.readouterr().out
+    assert "loss not finite" in out and "image ids" in out and "lower --lr" in out
+
+
+def test_fewer_images_than_a_batch_and_empty_images_train(tmp_path):
+    root = draw_coco(tmp_path / "coco", num_images=3)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 11]
+    path.write_text(json.dumps(content))
+    train_once(root, tmp_path / "out", "--batch-size", "8", "--keep-negatives")
+
+
+@pytest.mark.parametrize("preset", ["hflip", "lsj", "multiscale", "ssd", "ssdlite"])
+def test_all_presets_train_a_keypoint_model(tmp_path, preset):
+    root = draw_coco(tmp_path / "kp", num_images=3, num_keypoints=17)
+    assert (
+        run(*QUICK, *SMALL, "--dataset", "coco_kp", "--data-path", root, "--model", "keypointrcnn_resnet50_fpn",
+            "--data-augmentation", preset, "--output-dir", "", "--eval-every", "0")
+        == 0
+    )  # fmt: skip
+
+
+def test_copy_paste_trains_a_mask_model(drawn_coco):
+    flags = ["--data-augmentation", "lsj", "--use-copypaste", "--output-dir", "", "--eval-every", "0"]
+    assert run(*QUICK, *SMALL, "--data-path", drawn_coco, "--batch-size", "3", *flags) == 0
+
+
+def test_options_of_the_step_work_together(drawn_coco, tmp_path):
+    flags = ["--amp", "--amp-dtype", "bfloat16", "--accumulate", "2", "--clip-grad-norm", "1", "--scale-lr"]
+    flags += ["--opt", "adamw", "--norm-weight-decay", "0", "--eval-batch-size", "2", "--max-dets", "20"]
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "2", *flags)
+    (line,) = lines(out)
+    assert line["settings"]["max_dets_bbox"] == [1, 10, 20]
+
+
+def test_coco_files_of_other_tools(tmp_path):
+    """The layout that annotation tools export, categories of its own, and explicit paths."""
+    root = draw_coco(tmp_path / "coco")
+    export = tmp_path / "export"
+    for role, name in (("train", "train"), ("val", "valid")):
+        shutil.copytree(root / f"{role}2017", export / name)
+        text = (root / "annotations" / f"instances_{role}2017.json").read_text()
+        text = text.replace('"id": 1, "name": "person"', '"id": 0, "name": "ship"').replace(
+            '"category_id": 1,', '"category_id": 0,'
+        )
+        (export / name / "_annotations.coco.json").write_text(text)
+    out = tmp_path / "out"
+    train_once(export, out, "--batch-size", "3")
+    content = torch.load(out / "weights" / "checkpoint.pth", weights_only=True)
+    assert content["dataset"]["label_categories"] == [0, 2, 3] and content["model_spec"]["num_classes"] == 4
+    assert list(lines(out)[0]["per_class"]["bbox"]) == ["ship", "bicycle", "car"]
+    paths = []
+    for role, name in (("train", "train"), ("val", "valid")):
+        paths += [f"--{role}-images", export / name, f"--{role}-annotations", export / name / "_annotations.coco.json"]
+    train_once(tmp_path / "nowhere", tmp_path / "out2", "--batch-size", "3", *paths)
+    assert lines(out)[0]["bbox"] == lines(tmp_path / "out2")[0]["bbox"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_models_train_and_score_on_shapes(tmp_path, name, monkeypatch):
+    import shapes_dataset
+
+    monkeypatch.setattr(shapes_dataset, "NUM_IMAGES", {"train": 4, "val": 3})
+    size = [] if ARCHITECTURES[name].fixed_size else ["--min-size", "48", "--max-size", "64"]
+    flags = ["--dataset", "shapes", "--model", name, "--output-dir", tmp_path, "--batch-size", "4", *size]
+    assert run(*QUICK, *flags) == 0
+    (line,) = lines(tmp_path)
+    wanted = {"box": {"bbox"}, "mask": {"bbox", "segm"}, "keypoint": {"bbox", "keypoints"}}
+    assert wanted[ARCHITECTURES[name].task] <= set(line)
+
+
+@pytest.mark.slow
+def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
+    """On real images, from one checkpoint, at evaluation batch sizes 1 and 3; and equal to plain pycocotools."""
+    torch.manual_seed(0)
+    spec = ModelSpec("ssdlite320_mobilenet_v3_large", 91, trainable_layers=6)
+    from checkpoint import save_checkpoint
+
+    labels = list(range(1, 91))
+    content = {
+        "model": build_model(spec).state_dict(), "model_spec": spec.to_plain(),
+        "progress": {"epoch": 1, "batches": 0, "updates": 1},
+        "dataset": {"label_categories": labels, "label_names": [str(n) for n in labels]},
+    }  # fmt: skip
+    path = tmp_path / "c.pth"
+    save_checkpoint(content, path)
+    figures = {}
+    for processes in (1, 2, 3):
+        for batch in (1, 3):
+            out = tmp_path / f"{processes}-{batch}"
+            flags = ["--device", "cpu", "--test-only", "--resume", path, "--data-path", tiny_coco, "--output-dir", out]
+            flags += ["--model", spec.name, "--eval-batch-size", batch, "--workers", processes - 1]
+            run_train(*flags, processes=processes)
+            (line,) = lines(out)
+            figures[processes, batch] = line["bbox"], line["per_class"]
+    for processes in (2, 3):
+        for batch in (1, 3):
+            assert figures[processes, batch] == figures[1, batch]
+    assert figures[1, 1][0]["AR"] is not None
