@@ -62,6 +62,14 @@ def block_from_polygons(polygons: Sequence[np.ndarray], height: int, width: int)
     return MaskBlock(left, top, block[top:])
 
 
+def rle_from_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> dict[str, Any]:
+    """Return COCO's run lengths of the union of polygons."""
+    if not polygons:
+        return {"size": [height, width], "counts": mask_util.encode(np.zeros((height, width), np.uint8, "F"))["counts"]}
+    rles = mask_util.frPyObjects([points.tolist() for points in polygons], height, width)
+    return mask_util.merge(rles) if len(rles) > 1 else rles[0]
+
+
 def _read_number(counts: bytes, position: int) -> tuple[int, int]:
     """Read one number of COCO's compressed run lengths; return (number, position after it).
 
@@ -136,6 +144,30 @@ def compress_rle(segmentation: dict[str, Any], height: int, width: int) -> bytes
     if isinstance(counts, list):
         return mask_util.frPyObjects(segmentation, height, width)["counts"]
     return counts.encode() if isinstance(counts, str) else counts
+
+
+def counts_of_block(block: MaskBlock, height: int, width: int) -> bytes:
+    """Return COCO's compressed run lengths of a mask block in an image of the given size.
+
+    Runs are counted inside the block, column by column, and strung together over the rows above and below it.
+    """
+    rows, columns = block.pixels.shape
+    if not block.pixels.any():
+        counts = [height * width]
+    else:
+        # Positions in the column-major image where the value changes, in pairs: start of a run, its end.
+        padded = np.zeros((columns, rows + 2), dtype=np.int8)
+        padded[:, 1:-1] = block.pixels.T
+        column, edge = np.nonzero(np.diff(padded, axis=1))
+        positions = (column + block.left) * height + edge + block.top
+        starts, ends = positions[0::2], positions[1::2]
+        touching = starts[1:] == ends[:-1]  # a run that goes on in the next column
+        starts, ends = starts[np.r_[True, ~touching]], ends[np.r_[~touching, True]]
+        bounds = np.stack([starts, ends], axis=1).reshape(-1)
+        counts = np.diff(np.r_[0, bounds, height * width]).tolist()
+        if counts[-1] == 0:
+            counts.pop()
+    return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
 
 
 def area_of_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> float:

@@ -1,6 +1,7 @@
 """How alike detections and objects are: IoU of boxes and masks, OKS of keypoints, with pycocotools' own doubles."""
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -22,42 +23,89 @@ def box_iou(boxes_xywh: np.ndarray, truth_xywh: np.ndarray, truth_crowd: np.ndar
     return mask_util.iou(detected, truth, truth_crowd.astype(np.uint8))
 
 
-def mask_iou(
-    blocks: Sequence[MaskBlock],
-    areas: np.ndarray,
-    truth: MaskBlock,
-    truth_crowd: bool,
-    lowest: float,
-) -> np.ndarray:
-    """Return the IoU of masks with one object, float64 [D]; what cannot reach ``lowest`` is left at -1.
+class BlockMasks:
+    """Masks of one image as blocks, compared pixel by pixel.
 
     IoU of masks is an integer over an integer, so counting pixels inside the blocks gives the double that
-    pycocotools gets from run lengths. A pair is counted out only where windows and areas leave it a chance.
+    pycocotools gets from run lengths.
+
+    Attributes:
+        areas: float64 [N], numbers of pixels.
+        windows: float64 [N, 4] xywh, outside of which a mask is empty.
+    """
+
+    def __init__(self, blocks: Sequence[MaskBlock]) -> None:
+        self.blocks = blocks
+        self.areas = np.array([np.count_nonzero(block.pixels) for block in blocks], dtype=np.float64)
+        rows = [(b.left, b.top, b.pixels.shape[1], b.pixels.shape[0]) for b in blocks]
+        self.windows = np.array(rows, dtype=np.float64).reshape(-1, 4)
+
+    def iou(self, rows: np.ndarray, truth: "BlockMasks", columns: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+        """Return the IoU of pairs, float64: mask ``rows[i]`` with mask ``columns[i]`` of ``truth``."""
+        pairs = zip(rows.tolist(), columns.tolist())
+        common = np.array([_common_pixels(self.blocks[d], truth.blocks[g]) for d, g in pairs], dtype=np.float64)
+        areas = self.areas[rows]
+        return common / np.where(crowd[columns], areas, areas + truth.areas[columns] - common)
+
+
+class RleMasks:
+    """Masks of one image as COCO's run lengths, compared by pycocotools.
 
     Args:
-        blocks: D masks.
-        areas: float64 [D], their numbers of pixels.
-        truth: The object's mask.
-        truth_crowd: Whether it is a crowd.
+        rles: N masks.
+        size: (height, width) of the image.
+
+    Raises:
+        ValueError: A mask is that of an image of another size.
+    """
+
+    def __init__(self, rles: Sequence[dict[str, Any]], size: tuple[int, int]) -> None:
+        for rle in rles:
+            if tuple(rle["size"]) != size:
+                raise ValueError(f"a mask of size {list(rle['size'])} for an image of {list(size)} (height, width)")
+        self.rles = list(rles)
+        self.areas = mask_util.area(self.rles).astype(np.float64) if self.rles else np.zeros(0)
+        self.windows = mask_util.toBbox(self.rles) if self.rles else np.zeros((0, 4))
+
+    def iou(self, rows: np.ndarray, truth: "RleMasks", columns: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+        """Return the IoU of pairs, float64: mask ``rows[i]`` with mask ``columns[i]`` of ``truth``."""
+        detected, row = np.unique(rows, return_inverse=True)
+        objects, column = np.unique(columns, return_inverse=True)
+        truth_rles = [truth.rles[g] for g in objects]
+        iou = mask_util.iou([self.rles[d] for d in detected], truth_rles, crowd[objects].astype(np.uint8))
+        return iou[row, column]
+
+
+Masks = TypeVar("Masks", BlockMasks, RleMasks)
+
+
+def mask_iou(masks: Masks, truth: Masks, same: np.ndarray, crowd: np.ndarray, lowest: float) -> np.ndarray:
+    """Return IoU of masks, float64 [D, G]; -1 where classes differ or ``lowest`` cannot be reached.
+
+    What two windows have in common bounds what the masks have in common, and so their IoU.
+
+    Args:
+        masks: D detected ones.
+        truth: G of the objects, in the same form.
+        same: bool [D, G], whether classes agree.
+        crowd: bool [G].
         lowest: Smallest IoU of interest.
     """
-    truth_area = float(np.count_nonzero(truth.pixels))
-    similarity = np.full(len(blocks), -1.0)
-    for d, block in enumerate(blocks):
-        bound = min(_window_overlap(block, truth), areas[d], truth_area)
-        if bound == 0:
-            similarity[d] = 0.0
-        elif bound / (areas[d] if truth_crowd else areas[d] + truth_area - bound) >= lowest:
-            both = float(_common_pixels(block, truth))
-            similarity[d] = both / (areas[d] if truth_crowd else areas[d] + truth_area - both)
+    similarity = np.full(same.shape, -1.0)
+    rows, columns = np.nonzero(same)
+    if not len(rows):
+        return similarity
+    low = np.maximum(masks.windows[rows, :2], truth.windows[columns, :2])
+    ends, truth_ends = masks.windows[:, :2] + masks.windows[:, 2:], truth.windows[:, :2] + truth.windows[:, 2:]
+    shared = (np.minimum(ends[rows], truth_ends[columns]) - low).clip(min=0).prod(axis=1)
+    areas, truth_areas = masks.areas[rows], truth.areas[columns]
+    bound = np.minimum(shared, np.minimum(areas, truth_areas))
+    union = np.where(crowd[columns], areas, areas + truth_areas - bound)
+    possible = (bound > 0) & (bound / np.maximum(union, 1) >= lowest)
+    rows, columns = rows[possible], columns[possible]
+    if len(rows):
+        similarity[rows, columns] = masks.iou(rows, truth, columns, crowd)
     return similarity
-
-
-def _window_overlap(a: MaskBlock, b: MaskBlock) -> float:
-    """Return the number of pixels that two blocks' windows share."""
-    width = min(a.left + a.pixels.shape[1], b.left + b.pixels.shape[1]) - max(a.left, b.left)
-    height = min(a.top + a.pixels.shape[0], b.top + b.pixels.shape[0]) - max(a.top, b.top)
-    return float(max(width, 0) * max(height, 0))
 
 
 def _common_pixels(a: MaskBlock, b: MaskBlock) -> int:
