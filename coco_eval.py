@@ -17,9 +17,11 @@ import numpy as np
 from annotations import Annotations
 from coco_matching import Curves, Grid, Matches, accumulate, match_across_classes, match_image, rank_detections
 from coco_metrics import Figures, build_params, check_sigmas, summarize, summarize_classes
-from detection_dataset import LabelMap, mask_block
-from detections import Detections, as_block, detections_from_output
-from similarity import box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
+from detection_dataset import LabelMap, mask_block, mask_rle
+from detections import Detections, detections_from_output
+from keypoint_errors import KeypointErrors, format_errors, summarize_errors
+from masks import MaskBlock
+from similarity import BlockMasks, RleMasks, box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
 from utils import broadcast_json, gather_bytes
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class EvalResult:
         metrics: Per kind of score COCO's figures by name; None where there is no object to find.
         per_class: The same per class name.
         settings: What the figures depend on: sigmas, area rule, max_dets, number of images, versions.
+        keypoint_errors: Per keypoint name how far off it is, see `summarize_errors`; empty without keypoints.
         curves: COCOeval's arrays; on rank 0 only.
         matches: Sorted matches; on rank 0 only.
         num_truths: Objects that count per category and area range, int64 [K, A]; on rank 0 only.
@@ -44,6 +47,7 @@ class EvalResult:
     metrics: dict[str, Figures]
     per_class: dict[str, dict[str, Figures]]
     settings: dict[str, Any]
+    keypoint_errors: dict[str, Figures] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
     matches: dict[str, Matches] = field(default_factory=dict)
     num_truths: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,10 +98,16 @@ class CocoEvaluator:
         self.ignored = {t: self._ignored(t) for t in self.iou_types}
         self.reset()
 
+    @property
+    def max_keypoint_dets(self) -> int:
+        """Detections per image and category whose keypoints are read."""
+        return self.grids["keypoints"].max_dets[-1] if "keypoints" in self.grids else 0
+
     def reset(self) -> None:
         """Forget all detections."""
         self.parts: dict[str, list[Matches]] = {t: [] for t in self.iou_types}
         self.seen: set[int] = set()
+        self.errors = KeypointErrors()
 
     def _areas(self, iou_type: str) -> np.ndarray:
         """Return the area of every object, float64 [N]."""
@@ -127,32 +137,33 @@ class CocoEvaluator:
         Raises:
             ValueError: The image is not among the evaluated ones, or a number is not finite.
         """
+        self.add_by_type(image_id, dict.fromkeys(self.iou_types, detections))
+
+    def add_by_type(self, image_id: int, detections: Mapping[str, Detections]) -> None:
+        """Do as `add` with other detections for each kind of score."""
         position = self.position_of.get(int(image_id))
         if position is None:
             raise ValueError(f"image id {image_id} is not among the {len(self.indices)} evaluated images")
         if position in self.seen:
             return
         self.seen.add(position)
-        known = np.isin(detections.category_ids, self.category_ids)
-        if not known.all():
-            detections = detections.take(np.flatnonzero(known))
-        if not np.isfinite(detections.scores).all():  # COCOeval gives a NaN score AP 1.0
-            raise ValueError(f"image id {image_id}: the score of a detection is not finite")
-        categories = np.searchsorted(self.category_ids, detections.category_ids)
         for iou_type in self.iou_types:
-            self.parts[iou_type].append(self._match(iou_type, position, categories, detections))
+            self.parts[iou_type].append(self._match(iou_type, position, detections[iou_type]))
 
-    def _match(self, iou_type: str, position: int, categories: np.ndarray, detections: Detections) -> Matches:
+    def _match(self, iou_type: str, position: int, detections: Detections) -> Matches:
         """Match one image's detections for one kind of score."""
+        i = int(self.indices[position])
         grid = self.grids[iou_type]
+        categories = np.searchsorted(self.category_ids, detections.category_ids).clip(max=len(self.category_ids) - 1)
+        known = self.category_ids[categories] == detections.category_ids
+        if not known.all():
+            detections, categories = detections.take(np.flatnonzero(known)), categories[known]
+        self._check_finite(i, iou_type, "score", detections.scores)
         kept, ranks = rank_detections(categories, detections.scores, grid.max_dets[-1])
         detections, categories = detections.take(kept), categories[kept]
-        i = int(self.indices[position])
-        objects = self.annotations.objects(i)
         places = {"bbox": detections.boxes_xywh, "keypoints": detections.keypoints}.get(iou_type)
-        if places is not None and not np.isfinite(places).all():
-            image_id = int(self.annotations.image_ids[i])
-            raise ValueError(f"image id {image_id}: a coordinate of a detection is not finite ({iou_type})")
+        self._check_finite(i, iou_type, "coordinate", places)
+        objects = self.annotations.objects(i)
         truth_categories, crowd = self.truth_categories[objects], self.annotations.is_crowd[objects]
         same = categories[:, None] == truth_categories[None, :]
         partners = np.full(len(kept), -1)
@@ -167,31 +178,38 @@ class CocoEvaluator:
             similarity, areas = self._mask_similarity(i, objects, detections, same)
         else:
             similarity, areas = self._keypoint_similarity(objects, detections, same)
+            self._note_errors(position, objects, detections, same)
         positive, ignored = match_image(
             similarity, areas, self.areas[iou_type][objects], self.ignored[iou_type][objects], crowd, grid
         )
         positions = np.full(len(kept), position)
         return Matches(positions, categories, ranks, partners, detections.scores, positive, ignored)
 
+    def _check_finite(self, i: int, iou_type: str, what: str, values: np.ndarray | None) -> None:
+        """Raise ValueError for numbers that are not finite; COCOeval gives a NaN score AP 1.0."""
+        if values is not None and not np.isfinite(values).all():
+            image_id = int(self.annotations.image_ids[i])
+            raise ValueError(f"image id {image_id}: a {what} of a detection is not finite ({iou_type})")
+
     def _mask_similarity(
         self, i: int, objects: slice, detections: Detections, same: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (IoU [D, G], detection areas [D])."""
-        height, width = int(self.annotations.heights[i]), int(self.annotations.widths[i])
         assert detections.masks is not None
-        blocks = [as_block(mask, height, width) for mask in detections.masks]
-        areas = np.array([np.count_nonzero(block.pixels) for block in blocks], dtype=np.float64)
+        annotations, wanted = self.annotations, np.flatnonzero(same.any(axis=0))
+        size = int(annotations.heights[i]), int(annotations.widths[i])
+        crowd, lowest = annotations.is_crowd[objects][wanted], float(self.grids["segm"].thresholds[0])
         similarity = np.full(same.shape, -1.0)
-        for g in np.flatnonzero(same.any(axis=0)).tolist():
-            n, chosen = objects.start + g, np.flatnonzero(same[:, g])
-            similarity[chosen, g] = mask_iou(
-                [blocks[d] for d in chosen],
-                areas[chosen],
-                mask_block(self.annotations, i, n),
-                bool(self.annotations.is_crowd[n]),
-                float(self.grids["segm"].thresholds[0]),
-            )
-        return similarity, areas
+        blocks = [mask for mask in detections.masks if isinstance(mask, MaskBlock)]
+        if len(blocks) == len(detections.masks):
+            masks = BlockMasks(blocks)
+            truth = BlockMasks([mask_block(annotations, i, objects.start + g) for g in wanted])
+            similarity[:, wanted] = mask_iou(masks, truth, same[:, wanted], crowd, lowest)
+            return similarity, masks.areas
+        rles = RleMasks([mask for mask in detections.masks if isinstance(mask, dict)], size)
+        truth_rles = RleMasks([mask_rle(annotations, i, objects.start + g) for g in wanted], size)
+        similarity[:, wanted] = mask_iou(rles, truth_rles, same[:, wanted], crowd, lowest)
+        return similarity, rles.areas
 
     def _keypoint_similarity(
         self, objects: slice, detections: Detections, same: np.ndarray
@@ -211,6 +229,15 @@ class CocoEvaluator:
             )
         return similarity, keypoint_extent(points)
 
+    def _note_errors(self, position: int, objects: slice, detections: Detections, same: np.ndarray) -> None:
+        """Measure how far off the keypoints are; results without boxes leave nothing to pair objects by."""
+        if detections.boxes_xywh is None or detections.keypoints is None:
+            return
+        annotations, crowd = self.annotations, self.annotations.is_crowd[objects]
+        iou = np.where(same, box_iou(detections.boxes_xywh, annotations.boxes_xywh[objects], crowd), 0.0)
+        truth, areas = annotations.keypoints[objects], self.areas["keypoints"][objects]
+        self.errors.add(position, iou, detections.scores, detections.keypoints, truth, areas, crowd)
+
     def compute(self) -> EvalResult:
         """Bring all ranks' matches together, accumulate on rank 0, and return the metrics on every rank.
 
@@ -219,30 +246,35 @@ class CocoEvaluator:
         gathered = self._gather()
         if gathered is None:
             return EvalResult(**broadcast_json(None))
-        seen, matches = gathered
+        seen, matches, errors = gathered
         if len(seen) < len(self.indices):
             logger.warning("%d of %d images were evaluated", len(seen), len(self.indices))
         num_truths = {t: self._num_truths(t, seen) for t in self.iou_types}
         curves = {t: accumulate(matches[t], num_truths[t], self.grids[t]) for t in self.iou_types}
         names = [name for _, name in self.annotations.categories]
+        num_keypoints = self.annotations.num_keypoints if len(errors.columns()[0]) else 0
+        points = self.annotations.keypoint_names
         summary = {
+            "keypoint_errors": summarize_errors(errors, points, num_keypoints) if num_keypoints else {},
             "metrics": {t: summarize(curves[t], self.params[t]) for t in self.iou_types},
             "per_class": {t: summarize_classes(curves[t], self.params[t], names) for t in self.iou_types},
             "settings": self._settings(len(seen)),
         }
         return EvalResult(**broadcast_json(summary), curves=curves, matches=matches, num_truths=num_truths, seen=seen)
 
-    def _gather(self) -> tuple[np.ndarray, dict[str, Matches]] | None:
-        """Return on rank 0 (positions of the evaluated images, sorted matches of each kind), None elsewhere."""
+    def _gather(self) -> tuple[np.ndarray, dict[str, Matches], KeypointErrors] | None:
+        """Return on rank 0 (positions of the evaluated images, sorted matches of each kind, errors), None elsewhere."""
         buffer = io.BytesIO()
         np.save(buffer, np.array(sorted(self.seen), dtype=np.int32))
         for t in self.iou_types:
             self.parts[t] = [Matches.join(self.parts[t])]
             _write_matches(buffer, self.parts[t][0], self.grids[t].num_bits)
+        self.errors.write(buffer)
         parts = gather_bytes(buffer.getvalue())
         if parts is None:
             return None
         gathered: dict[str, list[Matches]] = {t: [] for t in self.iou_types}
+        errors = KeypointErrors()
         already = np.zeros(len(self.indices), dtype=bool)
         for part in parts:
             reader = io.BytesIO(part)
@@ -252,8 +284,9 @@ class CocoEvaluator:
             for t in self.iou_types:
                 matches = _read_matches(reader, self.grids[t].num_bits)
                 gathered[t].append(matches.take(fresh[matches.images]))
+            errors.take_up(reader, fresh)
             already |= fresh
-        return np.flatnonzero(already), {t: Matches.join(gathered[t]).sorted() for t in self.iou_types}
+        return np.flatnonzero(already), {t: Matches.join(gathered[t]).sorted() for t in self.iou_types}, errors
 
     def _num_truths(self, iou_type: str, seen: np.ndarray) -> np.ndarray:
         """Return the number of objects that count per category and area range, int64 [K, A]."""
@@ -308,4 +341,6 @@ def format_summary(result: EvalResult) -> str:
         for name, value in figures.items():
             text = "n/a (no such object in the ground truth)" if value is None else f"{value:.4f}"
             lines.append(f"  {name:<10} {text}")
+    if result.keypoint_errors:
+        lines += ["keypoints, of objects whose box was found:", format_errors(result.keypoint_errors)]
     return "\n".join(lines)

@@ -244,16 +244,21 @@ def accumulate(matches: Matches, num_truths: np.ndarray, grid: Grid) -> Curves:
     recall = -np.ones((shape[0], *shape[2:]))
     for k, span in enumerate(matches.category_slices(len(num_truths))):
         ranks = matches.ranks[span]
-        for m, limit in enumerate(grid.max_dets):
-            chosen = np.flatnonzero(ranks < limit) + span.start
+        previous = None
+        for m in reversed(range(len(grid.max_dets))):
+            chosen = np.flatnonzero(ranks < grid.max_dets[m]) + span.start
+            if previous is not None and len(chosen) == previous:  # the smaller limit cuts nothing off
+                for array in (precision, recall, scores):
+                    array[..., k, :, m] = array[..., k, :, m + 1]
+                continue
+            previous = len(chosen)
             positive, ignored = matches.positive[chosen], matches.ignored[chosen]
-            for a, total in enumerate(num_truths[k]):
-                if total == 0:
-                    continue
+            for a in np.flatnonzero(num_truths[k]).tolist():
                 bits = np.arange(shape[0], dtype=np.uint64)[:, None] + np.uint64(a * shape[0])
                 hit = ((positive >> bits) & np.uint64(1)).astype(bool)
                 miss = ~hit & ~((ignored >> bits) & np.uint64(1)).astype(bool)
-                p, r, s = precision_over_recall(hit, miss, int(total), matches.scores[chosen], grid.recall_grid)
+                total = int(num_truths[k, a])
+                p, r, s = precision_over_recall(hit, miss, total, matches.scores[chosen], grid.recall_grid)
                 precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = p, r, s
     return Curves(precision, recall, scores)
 

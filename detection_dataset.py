@@ -8,7 +8,7 @@ what the model needs is made at all.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from annotations import Annotations
 from images import read_image
 from lazy_image import LazyImage, render
-from masks import MaskBlock, block_from_polygons, block_from_rle
+from masks import MaskBlock, block_from_polygons, block_from_rle, rle_from_polygons
 from utils import seeded_cpu_rng
 from views import Placement
 
@@ -244,3 +244,12 @@ def mask_block(annotations: Annotations, i: int, n: int) -> MaskBlock:
     if counts:
         return block_from_rle(counts, height, width)
     return block_from_polygons(annotations.polygons(n), height, width)
+
+
+def mask_rle(annotations: Annotations, i: int, n: int) -> dict[str, Any]:
+    """Return the mask of object ``n`` of image ``i`` as COCO's run lengths, as ``annToRLE`` of pycocotools."""
+    height, width = int(annotations.heights[i]), int(annotations.widths[i])
+    counts = annotations.rle(n)
+    if counts:
+        return {"size": [height, width], "counts": counts}
+    return rle_from_polygons(annotations.polygons(n), height, width)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_util
 from torch import Tensor
 
 from detection_dataset import LabelMap
@@ -74,16 +73,3 @@ def _mask_blocks(masks: Tensor | Sequence[MaskBlock]) -> list[MaskBlock]:
     if not isinstance(masks, Tensor):
         return list(masks)
     return [block_from_mask(mask) for mask in (masks[:, 0] > 0.5).cpu().numpy()]
-
-
-def as_block(mask: MaskBlock | dict[str, Any], height: int, width: int) -> MaskBlock:
-    """Return a mask of an image as a block, from a block or from COCO's run lengths.
-
-    Raises:
-        ValueError: The run lengths are those of an image of another size.
-    """
-    if isinstance(mask, MaskBlock):
-        return mask
-    if list(mask["size"]) != [height, width]:
-        raise ValueError(f"a mask of size {list(mask['size'])} for an image of {[height, width]} (height, width)")
-    return block_from_mask(mask_util.decode(mask))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coco_eval import CocoEvaluator, EvalResult
 from data_loading import DeviceLoader
 from detection_dataset import LabelMap
+from fast_inference import fast_scoring
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from optimization import LearningRate
 from packing import Targets
@@ -292,18 +293,23 @@ def evaluate(
     evaluator.reset()
     model.eval()
     try:
-        start = time.perf_counter()
-        for step, (images, targets) in enumerate(loader):
-            outputs = model(images)
-            image_ids = [target["image_id"] for target in targets]
-            on_batch(image_ids, evaluator.update(image_ids, outputs, label_map))
-            # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
-            polls = stop is not None and (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
-            if polls and bool(all_reduce_max(torch.tensor([float(bool(stop))]))):
-                return None
-            if (step + 1) % print_freq == 0 or step + 1 == len(loader):
-                rate = (time.perf_counter() - start) / (step + 1)
-                logger.info("Test: [%d/%d]  %.3f s / batch", step + 1, len(loader), rate)
+        start, scoring = time.perf_counter(), 0.0
+        with fast_scoring(model, evaluator.max_keypoint_dets):
+            for step, (images, targets) in enumerate(loader):
+                outputs = model(images)
+                image_ids = [target["image_id"] for target in targets]
+                before = time.perf_counter()
+                detections = evaluator.update(image_ids, outputs, label_map)
+                scoring += time.perf_counter() - before
+                on_batch(image_ids, detections)
+                # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
+                polls = stop is not None and (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
+                if polls and bool(all_reduce_max(torch.tensor([float(bool(stop))]))):
+                    return None
+                if (step + 1) % print_freq == 0 or step + 1 == len(loader):
+                    seconds = time.perf_counter() - start
+                    share = f"{(step + 1) / seconds:.2f} batches/s  scoring: {scoring / seconds:.1%} of the time"
+                    logger.info("Test: [%d/%d]  %s", step + 1, len(loader), share)
         return evaluator.compute()
     finally:
         model.train(was_training)

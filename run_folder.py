@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coco_eval import EvalResult
+from eval_report import Report
 from utils import broadcast_json
 
 
@@ -37,13 +38,18 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}
 
 
-def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], result: EvalResult) -> None:
-    """Add a line to ``metrics.jsonl``: the epoch's losses and times, every figure by name, and what it depends on."""
+def describe_scores(result: EvalResult, report: Report | None) -> dict[str, Any]:
+    """Return an evaluation as plain values: every figure by name, and beside them what they depend on."""
+    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class}
+    described |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
+    return described | (report.to_plain() if report is not None else {})
+
+
+def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``: the epoch's losses and times, and `describe_scores`."""
     folder.mkdir(parents=True, exist_ok=True)
-    line: dict[str, Any] = {"epoch": epoch, "train": averages, **result.metrics}
-    line |= {"per_class": result.per_class, "settings": {**result.settings, **versions()}}
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"epoch": epoch, "train": averages, **scores}) + "\n")
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -21,16 +21,17 @@ import torch
 from torch import nn
 
 from checkpoint import CheckpointFolder, lock_folder, open_checkpoint, rebuild_model
-from coco_eval import OKS_AREAS, CocoEvaluator, format_summary
+from coco_eval import OKS_AREAS, CocoEvaluator
 from data_loading import build_train_loader, build_val_loader
 from datasets import DATASETS, Data, Source, load_data
-from engine import ON_NAN, NonFiniteLossError, Progress, evaluate
+from engine import ON_NAN, NonFiniteLossError, Progress
 from findings import ON_BAD_DATA
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ARCHITECTURES, ModelSpec
 from optimization import OPTIMIZERS, SCHEDULERS, LearningRate, build_optimizer, choose_amp, default_warmup
 from presets import PRESETS, RESIZING_PRESETS
-from run_folder import append_metrics, choose_output_dir, plain_flags
+from run_folder import append_metrics, choose_output_dir, describe_scores, plain_flags
+from scoring import score_model
 from stopping import StopRequest, die_with_parent
 from training import TrainingState, train_epochs
 from utils import (
@@ -145,6 +146,12 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     group.add_argument("--test-only", action="store_true", help="evaluate and end; needs no training data")
     group.add_argument("--eval-every", default=1, type=int, metavar="N", help="epochs between evaluations; 0: never")
     group.add_argument("--eval-batch-size", default=1, type=int, metavar="N", help="images per process and step")
+    group.add_argument(
+        "--save-predictions",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write COCO results files of every evaluation into --output-dir",
+    )
     group.add_argument("--max-dets", type=int, metavar="N", help="detections per image that are kept and scored")
     group.add_argument(
         "--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint (COCO's nose: 0.026)"
@@ -329,11 +336,11 @@ def main(args: argparse.Namespace) -> int:
         evaluator = build_evaluator(args, data, spec)
     if args.test_only:
         torch.backends.cudnn.deterministic = True
-        result = evaluate(model, val_loader, evaluator, data.label_map)
-        assert result is not None
-        logger.info("%s", format_summary(result))
-        if args.output_dir and distributed.is_main:
-            append_metrics(Path(args.output_dir), None, {}, result)
+        given_dir = Path(args.output_dir) if args.output_dir else None
+        predictions_dir = given_dir if args.save_predictions else None
+        scored = score_model(model, val_loader, evaluator, data.label_map, predictions_dir=predictions_dir)
+        if given_dir is not None and scored is not None and distributed.is_main:
+            append_metrics(given_dir, None, {}, describe_scores(scored.result, scored.report))
         return 0
 
     with errors_in_one_line():
@@ -386,6 +393,7 @@ def main(args: argparse.Namespace) -> int:
             epochs=args.epochs,
             output_dir=run_dir,
             folder=None if run_dir is None else CheckpointFolder(run_dir / "weights", keep=args.keep_checkpoints),
+            predictions_dir=output_dir if args.save_predictions else None,
             checkpoint_every=args.checkpoint_every,
             eval_every=args.eval_every,
             seed=args.seed,

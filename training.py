@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from checkpoint import CheckpointFolder
-from coco_eval import CocoEvaluator, format_summary
+from coco_eval import CocoEvaluator
 from data_loading import DeviceLoader
 from datasets import Data
-from engine import Progress, evaluate, train_one_epoch
+from engine import Progress, train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ModelSpec
 from optimization import LearningRate
-from run_folder import append_metrics, versions
+from run_folder import append_metrics, describe_scores, versions
+from scoring import score_model
 from stopping import StopRequest
 from utils import world_size
 
@@ -34,9 +35,10 @@ class TrainingState:
         spec: Of the model.
         optimizer: Its optimizer.
         scaler: For float16.
-        progress: Where the run is.
         data: What it is trained on.
         flags: The command line as plain values.
+        progress: Where the run is.
+        metrics: Of the last evaluation, with what they depend on.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class TrainingState:
     data: Data
     flags: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """Return a checkpoint's content: tensors and plain values."""
@@ -57,6 +60,7 @@ class TrainingState:
             "progress": vars(self.progress).copy(),
             "dataset": self.data.describe(),
             "args": self.flags,
+            "metrics": self.metrics,
             "versions": versions(),
             "world_size": world_size(),
             "num_threads": torch.get_num_threads(),
@@ -68,6 +72,7 @@ class TrainingState:
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        self.metrics = content["metrics"]
 
 
 def train_epochs(
@@ -82,6 +87,7 @@ def train_epochs(
     epochs: int,
     output_dir: Path | None = None,
     folder: CheckpointFolder | None = None,
+    predictions_dir: Path | None = None,
     checkpoint_every: int | None = None,
     eval_every: int = 1,
     **step_options: Any,
@@ -99,6 +105,7 @@ def train_epochs(
         epochs: Number of the epoch to stop before.
         output_dir: Where metrics go; None on all processes but the first, or where nothing is saved.
         folder: Where checkpoints go; likewise.
+        predictions_dir: Where detections on the validation images go, on all processes; None writes none.
         checkpoint_every: Updates between checkpoints inside an epoch.
         eval_every: Epochs between evaluations, the last one always; 0 for none.
         **step_options: For `train_one_epoch`.
@@ -140,12 +147,20 @@ def train_epochs(
         progress.epoch, progress.batches = epoch + 1, 0
         save(epoch_done=epoch)
         if eval_every and ((epoch + 1) % eval_every == 0 or epoch + 1 == epochs):
-            result = evaluate(state.model, val_loader, evaluator, state.data.label_map, stop=stop)
-            if result is None:
+            scored = score_model(
+                state.model,
+                val_loader,
+                evaluator,
+                state.data.label_map,
+                stop=stop,
+                predictions_dir=predictions_dir,
+            )
+            if scored is None:
                 logger.info("asked to stop during the evaluation after epoch %d", epoch)
                 return 0
-            logger.info("%s", format_summary(result))
+            state.metrics = describe_scores(scored.result, scored.report)
             if output_dir is not None:
-                append_metrics(output_dir, epoch, averages, result)
+                append_metrics(output_dir, epoch, averages, state.metrics)
+            save(epoch_done=epoch)
     logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
     return 1 if folder is not None and folder.last_save_failed else 0

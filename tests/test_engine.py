@@ -257,6 +257,8 @@ def test_all_ranks_stop_together_when_one_is_asked():
 
 
 class ToyEvaluator:
+    max_keypoint_dets = 0
+
     def __init__(self):
         self.ids = []
 

@@ -133,7 +133,7 @@ def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_c
     assert line["epoch"] == 0 and set(line["bbox"]) >= {"AP", "AP50", "AR"} and line["train"]["loss"] > 0
     assert line["settings"]["num_images"] == 6
     names = sorted(p.name for p in (out / "weights").glob("*.pth"))
-    assert names == ["checkpoint.pth", "model_0.pth"]
+    assert names == ["checkpoint.pth", "checkpoint_previous.pth", "model_0.pth"]
 
     shutil.rmtree(drawn_coco / "train2017")  # --test-only needs no training data
     (drawn_coco / "annotations" / "instances_train2017.json").unlink()
@@ -314,3 +314,25 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
         for batch in (1, 3):
             assert figures[processes, batch] == figures[1, batch]
     assert figures[1, 1][0]["AR"] is not None
+
+
+def test_predictions_of_a_run_score_to_the_runs_own_figures(drawn_coco, tmp_path):
+    """The results file of a run, scored by score.py without the model, gives the figures of its log, difference 0."""
+    import score
+
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "2", "--lr", "0.01")
+    (line,) = lines(out)
+    truth, predictions = drawn_coco / "annotations" / "instances_val2017.json", out / "predictions_bbox.json"
+    assert len(json.loads(predictions.read_text())) > 100
+    files = ["--ground-truth", truth, "--predictions", predictions, "--json", tmp_path / "s.json"]
+    assert score.run([str(file) for file in files]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["bbox"] == line["bbox"]
+    content = torch.load(out / "weights" / "checkpoint.pth", weights_only=True)
+    assert content["metrics"]["bbox"] == line["bbox"]
+    assert content["metrics"]["settings"]["num_images"] == 6 and "score_threshold" in content["metrics"]
+
+
+def test_predictions_can_be_left_out(drawn_coco, tmp_path):
+    train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--no-save-predictions")
+    assert not list((tmp_path / "out").glob("predictions*"))

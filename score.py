@@ -1,0 +1,140 @@
+"""Score a COCO results file, without a model; the numbers are pycocotools' own.
+
+    python score.py --ground-truth annotations/instances_val2017.json --predictions predictions_bbox.json
+    python score.py --ground-truth people.json --predictions predictions_keypoints.json --kpt-oks-sigmas 0.05
+
+Kinds of score are those that the results have entries for, unless --iou-types says otherwise.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from annotation_checks import Record
+from annotations import Annotations
+from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
+from coco_utils import read_coco
+from eval_report import build_report, format_classes
+from findings import ON_BAD_DATA
+from keypoints import Skeleton, choose_sigmas
+from predictions import FIELDS, detections_of_results, read_results
+from utils import setup_logging
+
+logger = logging.getLogger("score")
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description="Score a COCO results file",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        add_help=add_help,
+    )
+    parser.add_argument("--ground-truth", required=True, help="COCO annotation file")
+    parser.add_argument("--predictions", required=True, help="COCO results file")
+    parser.add_argument("--iou-types", nargs="+", choices=sorted(FIELDS), help="default: what the results have")
+    parser.add_argument("--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint")
+    parser.add_argument("--oks-area", default="annotation", choices=OKS_AREAS, help="object area that OKS divides by")
+    parser.add_argument(
+        "--max-dets", type=int, metavar="N", help="detections per image and category; 100, keypoints 20"
+    )
+    parser.add_argument("--on-bad-data", default="error", choices=ON_BAD_DATA, help="for the ground truth")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    return parser
+
+
+def score(
+    annotations: Annotations,
+    records: list[Record],
+    iou_types: list[str],
+    *,
+    sigmas: list[float] | None = None,
+    oks_area: str = "annotation",
+    max_dets: int | None = None,
+    name: str = "results",
+) -> tuple[CocoEvaluator, EvalResult]:
+    """Score results against annotations.
+
+    Args:
+        annotations: The ground truth.
+        records: COCO results, checked by `read_results`.
+        iou_types: Kinds of score; each reads the results that have its field.
+        sigmas: OKS sigmas, one or K.
+        oks_area: See `CocoEvaluator`.
+        max_dets: Detections per image and category that count.
+        name: Of the results, for messages.
+
+    Raises:
+        ValueError: A result's image is not in the ground truth, or sigmas do not fit.
+    """
+    known_images, known_categories = set(annotations.image_ids.tolist()), {id_ for id_, _ in annotations.categories}
+    unknown = sorted({record["image_id"] for record in records} - known_images)
+    if unknown:
+        shown = ", ".join(map(str, unknown[:10]))
+        raise ValueError(f"{name}: {len(unknown)} image id(s) are not in the ground truth: {shown}")
+    strange = [record["category_id"] for record in records if record["category_id"] not in known_categories]
+    if strange:
+        ids = ", ".join(map(str, sorted(set(strange))[:10]))
+        logger.warning("%s: %d result(s) of unknown categories do not count (%s)", name, len(strange), ids)
+
+    values = None
+    if "keypoints" in iou_types:
+        skeleton = Skeleton(annotations.keypoint_names)
+        values, source = choose_sigmas(sigmas, skeleton, annotations.num_keypoints)
+        logger.info("OKS sigmas from %s", source)
+    evaluator = CocoEvaluator(annotations, iou_types, sigmas=values, oks_area=oks_area, max_dets=max_dets)
+    by_image: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        by_image[record["image_id"]].append(record)
+    for image_id in annotations.image_ids.tolist():
+        evaluator.add_by_type(
+            image_id,
+            {t: detections_of_results([r for r in by_image[image_id] if FIELDS[t] in r], t) for t in iou_types},
+        )
+    return evaluator, evaluator.compute()
+
+
+def main(args: argparse.Namespace) -> int:
+    """Score and print."""
+    annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data)
+    for line in annotations.warnings:
+        logger.warning("%s", line)
+    records = read_results(Path(args.predictions))
+    iou_types = args.iou_types or [t for t, f in FIELDS.items() if any(f in record for record in records)] or ["bbox"]
+    evaluator, result = score(
+        annotations,
+        records,
+        iou_types,
+        sigmas=args.kpt_oks_sigmas,
+        oks_area=args.oks_area,
+        max_dets=args.max_dets,
+        name=args.predictions,
+    )
+    report = build_report(evaluator, result)
+    print(format_summary(result))
+    print(format_classes(result, report, iou_types[0]))
+    if args.json:
+        content = {**result.metrics, "per_class": result.per_class, "settings": result.settings, **report.to_plain()}
+        Path(args.json).write_text(json.dumps(content, indent=1))
+    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    args = get_args_parser().parse_args(argv)
+    setup_logging(is_main=True)
+    np.seterr(all="ignore")
+    try:
+        return main(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"score.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

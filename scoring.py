@@ -1,0 +1,76 @@
+"""One evaluation of a model, from images to figures, report and predictions on disk."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from coco_eval import CocoEvaluator, EvalResult, format_summary
+from data_loading import DeviceLoader
+from detection_dataset import LabelMap
+from engine import evaluate
+from eval_report import Report, build_report, format_classes
+from predictions import PredictionWriter
+from stopping import StopRequest
+from utils import rank
+
+logger = logging.getLogger(__name__)
+
+# The table of classes is printed up to so many of them; files have all.
+MAX_PRINTED_CLASSES = 30
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation gave.
+
+    Attributes:
+        result: COCO's figures, on every process.
+        report: The rest, on the first process.
+    """
+
+    result: EvalResult
+    report: Report | None
+
+
+def score_model(
+    model: nn.Module,
+    loader: DeviceLoader,
+    evaluator: CocoEvaluator,
+    label_map: LabelMap,
+    *,
+    stop: StopRequest | None = None,
+    predictions_dir: Path | None = None,
+) -> Scored | None:
+    """Evaluate, print the figures, and write ``predictions_<kind>.json``; all processes must call it.
+
+    Args:
+        model: Bare.
+        loader: Of the images to score.
+        evaluator: Of the same images.
+        label_map: What the model's labels mean.
+        stop: Ends the evaluation.
+        predictions_dir: Where predictions go, the same on all processes; None writes none.
+
+    Returns:
+        The figures; None if a process was asked to stop.
+    """
+    writer = None
+    if predictions_dir is not None:
+        annotations, indices = evaluator.annotations, loader.dataset.indices
+        ids = annotations.image_ids[indices].tolist()
+        sizes = zip(annotations.heights[indices].tolist(), annotations.widths[indices].tolist())
+        writer = PredictionWriter(predictions_dir, evaluator.iou_types, dict(zip(ids, sizes)))
+    if writer is None:
+        result = evaluate(model, loader, evaluator, label_map, stop=stop)
+    else:
+        result = evaluate(model, loader, evaluator, label_map, stop=stop, on_batch=writer.add)
+        writer.close(keep=result is not None)
+    if result is None:
+        return None
+    logger.info("%s", format_summary(result))
+    report = build_report(evaluator, result) if rank() == 0 else None
+    if report is not None and 1 < len(report.class_names) <= MAX_PRINTED_CLASSES:
+        logger.info("%s", format_classes(result, report))
+    return Scored(result, report)

@@ -1,0 +1,187 @@
+"""Results files: written the same at any number of processes, scored as pycocotools scores them, refused when wrong."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from coco_cases import compare, oracle, random_case, to_annotations, to_detections
+from ranks import run_on_ranks
+
+import score
+from coco_eval import CocoEvaluator
+from coco_matching import match_across_classes
+from detections import Detections
+from eval_report import build_report, format_classes
+from masks import block_from_mask
+from predictions import PredictionWriter, detections_of_results, read_results, rle_of_block
+
+
+def write(tmp_path, truth, results):
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return ["--ground-truth", str(tmp_path / "truth.json"), "--predictions", str(tmp_path / "results.json")]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm", "keypoints"])
+def test_a_results_file_gets_pycocotools_figures(tmp_path, capsys, iou_type):
+    for seed in (1, 4, 7):
+        truth, results = random_case(seed, iou_type, 5)
+        flags = write(tmp_path, truth, results)
+        sigmas = ["--kpt-oks-sigmas", "0.05", "0.06", "0.07", "0.08", "0.09"] if iou_type == "keypoints" else []
+        assert score.run([*flags, *sigmas, "--iou-types", iou_type, "--json", str(tmp_path / "out.json")]) == 0
+        figures = json.loads((tmp_path / "out.json").read_text())
+        values = np.array([0.05, 0.06, 0.07, 0.08, 0.09]) if sigmas else None
+        expected = oracle(truth, results, iou_type, values).stats
+        assert [-1 if v is None else v for v in figures[iou_type].values()] == list(expected)
+        assert "best F1" in capsys.readouterr().out
+
+
+def test_one_sigma_serves_all_points_and_a_wrong_count_is_refused(tmp_path, capsys):
+    truth, results = random_case(4, "keypoints", 5)
+    flags = write(tmp_path, truth, results)
+    assert score.run([*flags, "--kpt-oks-sigmas", "0.05", "0.06"]) == 1
+    assert "2 OKS sigmas (from --kpt-oks-sigmas) for objects with 5 keypoints" in capsys.readouterr().err
+    assert score.run([*flags, "--kpt-oks-sigmas", "0.05", "--json", str(tmp_path / "o.json")]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["settings"]["kpt_oks_sigmas"] == [0.05] * 5
+
+
+BAD_RESULTS = {
+    "no list": ({}, "expected a list of results"),
+    "NaN score": ([{"image_id": 1, "category_id": 1, "score": float("nan")}], "number NaN is not allowed"),
+    "no score": ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}], r"\[0\]: score is None"),
+    "text id": ([{"image_id": "a", "category_id": 1, "score": 0.5}], r"\[0\]: image_id is 'a'"),
+    "short box": ([{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 2]}], r"bbox is \[1, 2\]"),
+    "unknown image": (
+        [{"image_id": 4711, "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}],
+        r"not in the ground truth: 4711",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESULTS)
+def test_bad_results_are_refused_with_their_position(tmp_path, capsys, name):
+    import re
+
+    results, message = BAD_RESULTS[name]
+    truth, _ = random_case(2, "bbox")
+    assert score.run(write(tmp_path, truth, results)) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_unknown_categories_are_counted_and_do_not_score(tmp_path, capsys, caplog):
+    truth, results = random_case(2, "bbox")
+    image_id = truth["images"][0]["id"]
+    extra = [{"image_id": image_id, "category_id": 4711, "score": 0.99, "bbox": [1, 2, 3, 4]}]
+    flags = write(tmp_path, truth, results + extra)
+    assert score.run([*flags, "--json", str(tmp_path / "a.json")]) == 0
+    assert "result(s) of unknown categories do not count" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "a.json").read_text())["bbox"]
+    assert [-1 if v is None else v for v in figures.values()] == list(oracle(truth, results, "bbox").stats)
+
+
+def test_empty_results_score_zero(tmp_path, capsys):
+    truth, _ = random_case(2, "bbox")
+    assert score.run(write(tmp_path, truth, [])) == 0
+    assert "AP         0.0000" in capsys.readouterr().out
+
+
+def _write_shard(rank, world_size, folder, seed):
+    truth, results = random_case(seed, "segm")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    writer = PredictionWriter(folder, ["bbox", "segm"], sizes)
+    for image_id in list(sizes)[rank::world_size]:
+        detections = to_detections(results, image_id, "segm")
+        detections.boxes_xywh = np.arange(4.0 * len(detections)).reshape(-1, 4)
+        writer.add([image_id], [detections])
+    writer.close()
+
+
+def test_the_file_is_the_same_at_any_number_of_processes(tmp_path):
+    files = []
+    for processes in (1, 2, 3):
+        folder = tmp_path / str(processes)
+        if processes == 1:
+            _write_shard(0, 1, folder, 3)
+        else:
+            run_on_ranks(processes, _write_shard, folder, 3)
+        assert sorted(p.name for p in folder.iterdir()) == ["predictions_bbox.json", "predictions_segm.json"]
+        files.append((folder / "predictions_segm.json").read_bytes())
+    assert files[0] == files[1] == files[2]
+    truth, results = random_case(3, "segm")
+    evaluator = CocoEvaluator(to_annotations(truth), ["segm"])
+    read = read_results(tmp_path / "1" / "predictions_segm.json")
+    for image in truth["images"]:
+        evaluator.add(image["id"], detections_of_results([r for r in read if r["image_id"] == image["id"]], "segm"))
+    assert compare(evaluator.compute(), oracle(truth, results, "segm"), "segm") == 0
+
+
+def test_run_lengths_of_blocks_equal_pycocotools():
+    from pycocotools import mask as mask_util
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width = (int(v) for v in rng.integers(1, 30, 2))
+        mask = np.zeros((height, width), np.uint8)
+        y, x = int(rng.integers(0, height)), int(rng.integers(0, width))
+        h, w = int(rng.integers(0, height - y + 1)), int(rng.integers(0, width - x + 1))
+        mask[y : y + h, x : x + w] = rng.random((h, w)) < rng.choice([0.3, 0.9, 1.0])
+        expected = mask_util.encode(np.asfortranarray(mask))["counts"].decode()
+        assert rle_of_block(block_from_mask(mask), height, width)["counts"] == expected
+
+
+def simple_truth():
+    """Two classes, three objects, one image without any."""
+    images = [{"id": i, "file_name": f"{i}", "height": 100, "width": 100} for i in (1, 2)]
+    objects = [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 2, "bbox": [40, 40, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 3, "image_id": 1, "category_id": 2, "bbox": [70, 70, 20, 20], "area": 400, "iscrowd": 0},
+    ]
+    return {
+        "images": images,
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+def test_the_report_counts_confusions_thresholds_and_false_alarms():
+    boxes = {
+        1: [([0, 0, 20, 20], 1, 0.9), ([40, 40, 20, 20], 1, 0.8), ([70, 70, 20, 20], 2, 0.7), ([20, 70, 9, 9], 2, 0.6)],
+        2: [([5, 5, 20, 20], 2, 0.65), ([50, 5, 20, 20], 2, 0.1)],
+    }
+    evaluator = CocoEvaluator(to_annotations(simple_truth()), ["bbox"])
+    for image_id, rows in boxes.items():
+        places, labels, scores = zip(*rows)
+        evaluator.add(image_id, Detections(np.array(labels), np.array(scores), np.array(places, dtype=float)))
+    result = evaluator.compute()
+    report = build_report(evaluator, result)
+    assert report.best_f1["bbox"]["cat"] == {"f1": 1.0, "score": 0.9, "precision": 1.0, "recall": 1.0}
+    assert report.best_f1["bbox"]["dog"]["f1"] == pytest.approx(2 / 3)
+    assert report.score_threshold == 0.7  # two hits of three objects, one miss
+    assert report.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert (report.background_images, report.background_false_positives) == (1, 0)
+    assert report.to_plain()["false_positives_per_background_image"] == 0
+    assert "dog" in format_classes(result, report)
+    assert np.isfinite(report.precision["bbox"]).all()
+
+
+def test_detections_inside_crowds_are_no_confusion():
+    iou = np.array([[0.9, 0.0], [0.6, 0.0], [0.0, 0.2]])
+    partners = match_across_classes(iou, np.array([0.5, 0.9, 0.9]), np.array([True, False]))
+    assert partners.tolist() == [-2, -2, -1]
+    partners = match_across_classes(iou, np.array([0.5, 0.9, 0.9]), np.array([False, False]))
+    assert partners.tolist() == [-1, 0, -1]  # the better score takes the object
+
+
+def test_a_confusion_row_adds_up_to_its_objects():
+    for seed in range(30):
+        truth, results = random_case(seed, "bbox")
+        annotations = to_annotations(copy.deepcopy(truth))
+        evaluator = CocoEvaluator(annotations, ["bbox"])
+        for image in truth["images"]:
+            evaluator.add(image["id"], to_detections(results, image["id"], "bbox"))
+        result = evaluator.compute()
+        report = build_report(evaluator, result)
+        assert (report.confusion[:-1].sum(axis=1) == report.num_truths).all()
+        assert (report.confusion >= 0).all()
