@@ -1,0 +1,124 @@
+"""The sigma workbench: where OKS sigmas come from and what they mean.
+
+From images annotated twice or more (COCO jsons, or folders with one json per image), one sigma per keypoint:
+    python sigmas.py estimate first/annotations second/annotations
+What sigmas mean on a dataset, in pixels:
+    python sigmas.py card --ground-truth custom/train/annotations --kpt-oks-sigmas 0.05
+After a run, keypoint AP against sigmas times 0.25 to 4, from saved detections:
+    python sigmas.py curve --ground-truth truth.json --predictions predictions_keypoints.json --kpt-oks-sigmas 0.05
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from annotation_checks import Record
+from coco_eval import OKS_AREAS, CocoEvaluator
+from coco_utils import read_coco
+from custom_dataset import read_dataset_info
+from keypoints import Skeleton, choose_sigmas
+from predictions import detections_of_results, read_results
+from sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
+from utils import setup_logging
+
+logger = logging.getLogger("sigmas")
+
+CURVE_FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser with its three commands."""
+    parser = argparse.ArgumentParser(
+        description="Estimate and explain OKS sigmas", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=__doc__, add_help=add_help,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+    estimate = commands.add_parser("estimate", help="sigmas from repeated annotations")
+    estimate.add_argument(
+        "annotators", nargs="+", help="COCO json, or folder with one json per image, of each annotator"
+    )
+    estimate.add_argument("--oks-area", default="box", choices=("box", "box53"), help="area of an object")
+    card = commands.add_parser("card", help="what sigmas mean on a dataset")
+    curve = commands.add_parser("curve", help="AP against sigma, from saved detections")
+    for command in (card, curve):
+        command.add_argument("--ground-truth", required=True, help="COCO json (card: or a folder of jsons)")
+        command.add_argument(
+            "--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint"
+        )
+    curve.add_argument("--predictions", required=True, help="COCO results file with keypoints")
+    curve.add_argument("--oks-area", default="annotation", choices=OKS_AREAS, help="object area that OKS divides by")
+    return parser
+
+
+def print_estimate(args: argparse.Namespace) -> None:
+    """Estimate sigmas and print them with their intervals, and a card."""
+    annotators = [read_annotator(Path(path)) for path in args.annotators]
+    factor = 0.53 if args.oks_area == "box53" else 1.0
+    estimate = estimate_sigmas(annotators, area_factor=factor)
+    names = estimate.names or tuple(map(str, range(len(estimate.sigmas))))
+    width = max(len(name) for name in [*names, "keypoint"])
+    print(f"  {'keypoint':<{width}} {'sigma':>7}   95 % interval     objects")
+    for name, sigma, low, high, count in zip(names, estimate.sigmas, estimate.low, estimate.high, estimate.num_objects):
+        print(f"  {name:<{width}} {sigma:>7.4f}   {low:.4f} to {high:.4f} {count:>9}")
+    if estimate.num_objects.min() < FEW_OBJECTS:
+        few = int(estimate.num_objects.min())
+        logger.warning("only %d objects were annotated twice; below %d an estimate says little", few, FEW_OBJECTS)
+    areas = np.concatenate([boxes[:, 2] * boxes[:, 3] for boxes, _ in annotators[0].images.values()]) * factor
+    print(format_card(estimate.sigmas, names, areas))
+    print("--kpt-oks-sigmas " + " ".join(f"{sigma:.4f}" for sigma in estimate.sigmas))
+
+
+def print_card(args: argparse.Namespace) -> None:
+    """Print what sigmas mean in pixels."""
+    path = Path(args.ground_truth)
+    annotator = read_annotator(path)
+    skeleton = Skeleton(annotator.names)
+    for root in (path, *path.parents[:2]):
+        if (root / "dataset.json").is_file():
+            skeleton = read_dataset_info(root).skeleton
+    points = next(p for _, p in annotator.images.values() if p.size)
+    sigmas, source = choose_sigmas(args.kpt_oks_sigmas, skeleton, points.shape[1])
+    print(f"sigmas from {source}")
+    areas = np.concatenate([boxes[:, 2] * boxes[:, 3] for boxes, _ in annotator.images.values()])
+    print(format_card(sigmas, skeleton.names, areas))
+
+
+def print_curve(args: argparse.Namespace) -> None:
+    """Print AP with all sigmas made smaller and larger."""
+    annotations = read_coco(Path(args.ground_truth))
+    records = read_results(Path(args.predictions))
+    sigmas, source = choose_sigmas(args.kpt_oks_sigmas, Skeleton(annotations.keypoint_names), annotations.num_keypoints)
+    by_image: dict[int, list[Record]] = {image_id: [] for image_id in annotations.image_ids.tolist()}
+    for record in records:
+        if "keypoints" in record and record["image_id"] in by_image:
+            by_image[record["image_id"]].append(record)
+    print(f"keypoint AP against sigmas (from {source}) times a factor:")
+    print(f"  {'factor':>6} {'AP':>8} {'AP50':>8} {'AP75':>8}")
+    for factor in CURVE_FACTORS:
+        evaluator = CocoEvaluator(annotations, ["keypoints"], sigmas=sigmas * factor, oks_area=args.oks_area)
+        for image_id, of_image in by_image.items():
+            evaluator.add(image_id, detections_of_results(of_image, "keypoints"))
+        figures = evaluator.compute().metrics["keypoints"]
+        cells = " ".join(
+            f"{'n/a' if figures[f] is None else format(figures[f], '.4f'):>8}" for f in ("AP", "AP50", "AP75")
+        )
+        print(f"  {factor:>6g} {cells}")
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run the command; expected errors become one line and exit code 1."""
+    args = get_args_parser().parse_args(argv)
+    setup_logging(is_main=True)
+    try:
+        {"estimate": print_estimate, "card": print_card, "curve": print_curve}[args.command](args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"sigmas.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,113 @@
+"""The sigma workbench recovers known sigmas, explains them in pixels, and draws AP against them."""
+
+import json
+
+import numpy as np
+import pytest
+from coco_cases import oracle, random_case
+
+import sigmas
+from sigma_estimation import Annotator, estimate_sigmas, format_card, pixels_for_oks, read_annotator
+from similarity import object_keypoint_similarity
+
+TRUE = np.array([0.02, 0.05, 0.1])
+
+
+def annotate(num_annotators, num_objects, seed=0):
+    """Annotators whose errors have the given sigmas on objects of many sizes; sigma^2 is E[d^2 / s^2] in two dimensions."""
+    rng = np.random.default_rng(seed)
+    boxes = np.concatenate([rng.uniform(0, 2000, (num_objects, 2)), rng.uniform(50, 400, (num_objects, 2))], axis=1)
+    true_points = boxes[:, None, :2] + rng.random((num_objects, 3, 2)) * boxes[:, None, 2:]
+    size = np.sqrt(boxes[:, 2] * boxes[:, 3])
+    annotators = []
+    for _ in range(num_annotators):
+        noise = rng.normal(0, 1, (num_objects, 3, 2)) / np.sqrt(2) * TRUE[:, None] * size[:, None, None]
+        points = np.concatenate([true_points + noise, np.full((num_objects, 3, 1), 2.0)], axis=2)
+        images = {str(n): (boxes[n : n + 1], points[n : n + 1]) for n in range(num_objects)}
+        annotators.append(Annotator(images, ("a", "b", "c")))
+    return annotators
+
+
+@pytest.mark.parametrize("num_annotators", [2, 3, 5])
+def test_known_sigmas_are_recovered_within_the_interval(num_annotators):
+    inside = 0
+    for seed in range(10):
+        estimate = estimate_sigmas(annotate(num_annotators, 200, seed))
+        inside += int(((estimate.low <= TRUE) & (estimate.high >= TRUE)).sum())
+        assert estimate.sigmas == pytest.approx(TRUE, rel=0.2)
+    assert inside >= 25  # of 30, at 95 %
+
+
+def test_two_annotators_are_not_biased():
+    mean = np.mean([estimate_sigmas(annotate(2, 300, seed)).sigmas for seed in range(5)], axis=0)
+    assert mean == pytest.approx(TRUE, rel=0.05)
+
+
+def test_unlabelled_points_and_strange_objects_are_left_out():
+    first, second = annotate(2, 100)
+    for n in range(50):
+        second.images[str(n)][1][0, 0, 2] = 0
+    second.images["60"] = (second.images["60"][0] + 5000, second.images["60"][1])
+    del second.images["61"]
+    estimate = estimate_sigmas([first, second])
+    assert estimate.num_objects.tolist() == [48, 98, 98]
+    assert estimate.sigmas == pytest.approx(TRUE, rel=0.3)
+
+
+def test_what_cannot_be_estimated_is_refused():
+    first, second = annotate(2, 3)
+    with pytest.raises(ValueError, match="two annotators or more"):
+        estimate_sigmas([first])
+    with pytest.raises(ValueError, match="different numbers of keypoints"):
+        estimate_sigmas([first, Annotator({"0": (np.zeros((1, 4)), np.zeros((1, 2, 3)))})])
+    moved = Annotator({k: (b + 5000, p) for k, (b, p) in second.images.items()})
+    with pytest.raises(ValueError, match="no object was annotated by two"):
+        estimate_sigmas([first, moved])
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.75, 0.95])
+def test_pixels_of_the_card_give_the_oks_they_promise(threshold):
+    pixels = pixels_for_oks(0.05, threshold, 900.0)
+    point, truth = np.array([[[100 + pixels, 50, 1]]]), np.array([[100.0, 50, 2]])
+    oks = object_keypoint_similarity(point, truth, np.array([80.0, 30, 30, 30]), 900.0, np.array([0.05]))
+    assert oks[0] == pytest.approx(threshold, abs=1e-9)
+    assert "30 x 30" in format_card(np.array([0.05]), ("a",), np.array([900.0]))
+
+
+def write_annotator(folder, annotator):
+    folder.mkdir(parents=True)
+    for stem, (boxes, points) in annotator.images.items():
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        (folder / f"{stem}.json").write_text(json.dumps({"bboxes": corners.tolist(), "keypoints": points.tolist()}))
+
+
+def test_the_command_reads_folders_and_warns_about_few_objects(tmp_path, capsys):
+    for name, annotator in zip(("one", "two"), annotate(2, 30)):
+        write_annotator(tmp_path / name / "annotations", annotator)
+    assert sigmas.run(["estimate", str(tmp_path / "one"), str(tmp_path / "two" / "annotations")]) == 0
+    out = capsys.readouterr().out
+    assert "--kpt-oks-sigmas 0.0" in out and "only 30 objects" in out and "95 % interval" in out
+    assert sigmas.run(["card", "--ground-truth", str(tmp_path / "one"), "--kpt-oks-sigmas", "0.05"]) == 0
+    assert "pixels of error at the median object" in capsys.readouterr().out
+    assert sigmas.run(["estimate", str(tmp_path / "one"), str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: neither a COCO json nor a folder" in capsys.readouterr().err
+
+
+def test_annotators_in_coco_files(tmp_path):
+    truth, _ = random_case(3, "keypoints", 5)
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    annotator = read_annotator(tmp_path / "a.json")
+    estimate = estimate_sigmas([annotator, annotator])
+    assert np.nanmax(estimate.sigmas) == 0  # nobody disagrees with themselves
+
+
+def test_the_curve_is_ap_at_scaled_sigmas(tmp_path, capsys):
+    truth, results = random_case(3, "keypoints", 5)
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    flags = ["--ground-truth", str(tmp_path / "t.json"), "--predictions", str(tmp_path / "r.json")]
+    assert sigmas.run(["curve", *flags, "--kpt-oks-sigmas", "0.06"]) == 0
+    rows = {float(r.split()[0]): r.split()[1] for r in capsys.readouterr().out.splitlines()[2:]}
+    for factor in (0.25, 1.0, 4.0):
+        expected = oracle(truth, results, "keypoints", np.full(5, 0.06) * factor).stats[0]
+        assert rows[factor] == f"{expected:.4f}"
