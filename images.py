@@ -53,6 +53,9 @@ def _open(path: Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; of a PNG only from before its pixels: a later one shows after decoding only."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -1,0 +1,383 @@
+"""A folder of images with one json each: read as it stands, checked before the first step, trained and scored."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_train
+from PIL import ExifTags, Image
+from test_train import QUICK, lines, restore_process  # noqa: F401
+
+import train
+from custom_dataset import DatasetInfo, read_dataset_info, read_folder
+from datasets import load_custom_split
+from findings import BadDataError
+
+
+def draw_folder(root, num_images=6, *, num_keypoints=2, classes=None, polygons=False, size=(60, 80), info=None):
+    """Write a custom dataset of bright rectangles; the last image of each split is empty background."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (root / split / "images").mkdir(parents=True)
+        (root / split / "annotations").mkdir()
+        for i in range(num_images):
+            height, width = size
+            pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            entry = {"bboxes": [], "labels": [], "keypoints": [], "segmentations": []}
+            for _ in range(0 if i == num_images - 1 else int(rng.integers(1, 3))):
+                w, h = (int(v) for v in rng.integers(14, 30, 2))
+                x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+                pixels[y : y + h, x : x + w] = rng.integers(150, 255, 3)
+                entry["bboxes"].append([x, y, x + w, y + h])
+                entry["labels"].append(str(rng.choice(classes or ["object"])))
+                places = np.stack([rng.integers(x, x + w, num_keypoints), rng.integers(y, y + h, num_keypoints)], 1)
+                entry["keypoints"].append([[int(a), int(b), 2] for a, b in places])
+                entry["segmentations"].append([[x, y, x + w, y, x + w, y + h, x, y + h]])
+            keep = {"bboxes"} | ({"labels"} if classes else set()) | ({"keypoints"} if num_keypoints else set())
+            keep |= {"segmentations"} if polygons else set()
+            Image.fromarray(pixels).save(root / split / "images" / f"im_{i:03d}.png")
+            path = root / split / "annotations" / f"im_{i:03d}.json"
+            path.write_text(json.dumps({k: v for k, v in entry.items() if k in keep}))
+    if info is not None:
+        (root / "dataset.json").write_text(json.dumps(info))
+    return root
+
+
+def edit(root, change, split="train", index=0):
+    path = root / split / "annotations" / f"im_{index:03d}.json"
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+
+
+def test_a_folder_is_read_as_it_stands(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert len(annotations) == 6 and annotations.num_keypoints == 2
+    assert annotations.categories == ((1, "object"),)
+    assert annotations.objects(5) == slice(annotations.num_objects, annotations.num_objects)  # the background image
+    entry = json.loads((root / "train" / "annotations" / "im_000.json").read_text())
+    x1, y1, x2, y2 = entry["bboxes"][0]
+    assert annotations.boxes_xywh[0].tolist() == [x1, y1, x2 - x1, y2 - y1]
+    assert annotations.areas[0] == (x2 - x1) * (y2 - y1)
+    assert annotations.keypoints[0].tolist() == entry["keypoints"][0]
+    assert (annotations.heights[0], annotations.widths[0]) == (60, 80)
+
+
+def test_images_and_annotations_pair_by_stem_not_by_order(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    for name in ("images/im_001.png", "annotations/im_001.json"):
+        (root / "train" / name).unlink()
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert [annotations.file_name(i) for i in range(2)] == ["images/im_000.png", "images/im_002.png"]
+    entry = json.loads((root / "train" / "annotations" / "im_002.json").read_text())
+    assert annotations.boxes_xywh[annotations.objects(1)][:, 0].tolist() == [b[0] for b in entry["bboxes"]]
+
+
+def test_null_points_and_missing_optional_fields(tmp_path):
+    root = draw_folder(tmp_path / "custom", classes=["cat", "dog"], polygons=True)
+
+    def change(entry):
+        entry["keypoints"][0][1] = None
+        entry["iscrowd"] = [1] + [0] * (len(entry["bboxes"]) - 1)
+        entry["area"] = [123.5] + [None] * (len(entry["bboxes"]) - 1)
+
+    edit(root, change)
+    annotations = read_folder(root / "train", DatasetInfo(), needs_masks=True)
+    assert annotations.keypoints[0, 1].tolist() == [0, 0, 0]
+    assert annotations.is_crowd[0] and annotations.areas[0] == 123.5
+    assert annotations.categories == ((1, "cat"), (2, "dog"))
+    segmented = annotations.areas[annotations.objects(1)]
+    assert (segmented > 0).all()
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def test_exif_rotation_is_applied_and_boxes_of_the_unrotated_picture_are_reported(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_images=3)
+    path = root / "train" / "images" / "im_000.png"
+    Image.open(path).rotate(90, expand=True).save(path, exif=_exif(6))  # shown as before
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert (annotations.heights[0], annotations.widths[0]) == (60, 80)
+    split = load_custom_split(root, "train")
+    assert split.images.read(split.annotations, 0).shape == (60, 80, 3)
+
+    def far_right(entry):
+        entry["bboxes"] = [[65, 5, 79, 30]]
+        entry["keypoints"] = [[[70, 6, 2], [71, 7, 2]]]
+
+    edit(root, far_right)
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(path, exif=_exif(6))
+    with pytest.raises(
+        BadDataError, match=r"im_000\.png: EXIF turns the picture to 60 x 80, but its boxes fit only 80 x 60"
+    ):
+        read_folder(root / "train", DatasetInfo())
+
+
+def test_classes_come_from_the_dataset_file_and_labels_may_be_names_or_numbers(tmp_path):
+    root = draw_folder(tmp_path / "custom", classes=["cat", "dog"], info={"classes": ["dog", "cat", "owl"]})
+    edit(root, lambda entry: entry.update(labels=[2] * len(entry["bboxes"])))
+    annotations = read_folder(root / "train", read_dataset_info(root))
+    assert annotations.categories == ((1, "dog"), (2, "cat"), (3, "owl"))
+    assert annotations.category_ids[annotations.objects(0)].tolist() == [2] * (annotations.objects(0).stop)
+
+
+def _set(field, value):
+    return lambda entry: entry.__setitem__(field, value)
+
+
+def _first(field, value):
+    return lambda entry: entry[field].__setitem__(0, value)
+
+
+BAD_ENTRIES = {
+    "x2 <= x1": (_first("bboxes", [40, 10, 20, 30]), r"im_000\.json: bboxes\[0\]: box \[40, 10, 20, 30\] has x2 <= x1"),
+    "y2 <= y1": (_first("bboxes", [20, 30, 40, 30]), r"bboxes\[0\]: box \[20, 30, 40, 30\] has y2 <= y1"),
+    "outside": (_first("bboxes", [100, 100, 120, 130]), r"lies outside the image of 80 x 60 pixels"),
+    "partly outside": (_first("bboxes", [70, 10, 95, 30]), r"lies partly outside the image of 80 x 60 pixels"),
+    "three numbers": (_first("bboxes", [1, 2, 3]), r"bboxes\[0\]: bbox is \[1, 2, 3\], expected 4 numbers"),
+    "text": (_first("bboxes", "x"), r"bboxes\[0\]: bbox is 'x', expected 4 numbers"),
+    "no boxes": (lambda entry: entry.pop("bboxes"), r"im_000\.json: expected an object with a list 'bboxes'"),
+    "keypoint outside": (_first("keypoints", [[100, 5, 2], [5, 5, 2]]), r"labelled keypoint 0 at \(100, 5\) lies outside"),
+    "visibility": (_first("keypoints", [[10, 5, 3], [5, 5, 2]]), r"visibilities 3, 2"),
+    "point without v": (_first("keypoints", [[10, 5], [5, 5, 2]]), r"keypoints\[0\]: point 0 is \[10, 5\], expected \[x, y, v\]"),
+    "other K": (_first("keypoints", [[10, 5, 2]]), r"keypoints"),
+    "keypoints for other boxes": (lambda e: e["keypoints"].append([]), r"keypoints: \d entries for \d boxes"),
+    "labels for other boxes": (_set("labels", ["a"] * 9), r"labels: 9 entries for \d boxes"),
+    "label 0": (lambda e: e.update(labels=[0] * len(e["bboxes"])), r"label 0; 0 is background"),
+    "polygons for other boxes": (_set("segmentations", []), r"segmentations: 0 entries for \d boxes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ENTRIES)
+def test_a_bad_entry_is_refused_with_file_place_and_remedy(tmp_path, name):
+    change, message = BAD_ENTRIES[name]
+    root = draw_folder(tmp_path / "custom")
+    edit(root, change)
+    with pytest.raises(BadDataError, match=message) as caught:
+        read_folder(root / "train", DatasetInfo())
+    assert "; " in str(caught.value)
+
+
+def test_an_unknown_label_is_refused_with_the_known_ones(tmp_path):
+    root = draw_folder(tmp_path / "custom", classes=["cat"], info={"classes": ["cat", "dog"]})
+    edit(root, lambda entry: entry.update(labels=["bird"] * len(entry["bboxes"])))
+    with pytest.raises(BadDataError, match=r"label 'bird'; expected a number from 1 to 2 or one of cat, dog"):
+        read_folder(root / "train", read_dataset_info(root))
+
+
+def test_xywh_boxes_are_recognized(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    for index in range(6):
+        edit(root, lambda e: e.update(bboxes=[[a, b, c - a, d - b] for a, b, c, d in e["bboxes"]]), index=index)
+    with pytest.raises(BadDataError, match=r"these look like \[x, y, width, height\]"):
+        read_folder(root / "train", DatasetInfo())
+
+
+def test_files_that_cannot_be_read_are_named_all_at_once(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    images, jsons = root / "train" / "images", root / "train" / "annotations"
+    (jsons / "im_000.json").write_text('{"bboxes": [')
+    (images / "im_001.png").write_bytes(b"")
+    (jsons / "im_002.json").unlink()
+    (images / "im_003.png").unlink()
+    shutil.copy(images / "im_004.png", images / "im_004.jpg")
+    (jsons / "im_005.json").write_text('{"bboxes": [[NaN, 1, 2, 3]]}')
+    with pytest.raises(BadDataError) as caught:
+        read_folder(root / "train", DatasetInfo())
+    text = str(caught.value)
+    for part in (
+        "im_000.json: not valid json at line 1 column 13",
+        "im_001.png: cannot read the image header",
+        "im_002.png: no annotation",
+        "im_003.json: no image",
+        "im_004.png: im_004.jpg has the same stem",
+        "im_005.json: the number NaN is not allowed",
+    ):
+        assert part in text, part
+    assert text.startswith("6 error(s)")
+
+
+def test_truncated_images_are_found_before_the_first_step(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    path = root / "train" / "images" / "im_001.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(BadDataError, match=r"im_001\.png: cannot decode the image: image file is truncated"):
+        load_custom_split(root, "train")
+    split = load_custom_split(root, "train", on_bad_data="skip")
+    assert len(split.indices) == 5 and 1 not in split.indices
+
+
+def test_files_found_good_are_not_decoded_again(tmp_path, monkeypatch):
+    import image_checks
+
+    root = draw_folder(tmp_path / "custom")
+    load_custom_split(root, "train", cache_dir=tmp_path / "c")
+    decoded = []
+    monkeypatch.setattr(image_checks, "read_image", lambda path, *_: decoded.append(path.name))
+    load_custom_split(root, "train", cache_dir=tmp_path / "c")
+    assert decoded == []
+    path = root / "train" / "images" / "im_002.png"
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(path)
+    load_custom_split(root, "train", cache_dir=tmp_path / "c")
+    assert decoded == ["im_002.png"]
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    path = root / "train" / "images" / "im_001.png"
+    elsewhere = tmp_path / "secret.png"
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(BadDataError, match=r"im_001\.png: a link to a file outside"):
+        load_custom_split(root, "train")
+
+
+BAD_INFO = {
+    "unknown entry": ({"class": ["a"]}, "unknown entry 'class'"),
+    "same class twice": ({"classes": ["a", "a"]}, "expected different names"),
+    "pair of unknown point": ({"keypoint_names": ["a"], "flip_pairs": [["a", "b"]]}, "'b' is not among keypoint_names"),
+    "sigma of zero": ({"oks_sigmas": [0.1, 0]}, "give one positive number per keypoint"),
+    "a list": ([], "expected an object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INFO)
+def test_a_bad_dataset_file_is_refused(tmp_path, name):
+    value, message = BAD_INFO[name]
+    (tmp_path / "dataset.json").write_text(json.dumps(value))
+    with pytest.raises(BadDataError, match=message):
+        read_dataset_info(tmp_path)
+
+
+def run(root, *flags, model="keypointrcnn_resnet50_fpn", batch=2):
+    common = [*QUICK, "--dataset", "custom", "--data-path", root, "--model", model, "--batch-size", batch]
+    size = [] if model.startswith("ssd") else ["--min-size", "48", "--max-size", "64"]
+    return train.run([str(flag) for flag in (*common, *size, *flags)])
+
+
+def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, capsys):
+    root = draw_folder(tmp_path / "custom", num_keypoints=0)
+    assert run(root, model="fasterrcnn_mobilenet_v3_large_fpn") == 0
+    assert "training on 6 of 6 images" in capsys.readouterr().out
+    assert (root / "result" / "weights" / "checkpoint.pth").exists()
+
+
+def test_polygons_train_mask_rcnn(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_keypoints=0, polygons=True)
+    assert run(root, model="maskrcnn_resnet50_fpn") == 0
+    assert "segm" in lines(root / "result")[0]
+
+
+def test_without_polygons_mask_rcnn_says_so(tmp_path, capsys):
+    root = draw_folder(tmp_path / "custom", num_keypoints=0)
+    assert run(root, model="maskrcnn_resnet50_fpn") == 1
+    assert "no segmentation, but the model learns masks" in capsys.readouterr().err
+
+
+def test_three_classes_are_reported_by_name(tmp_path):
+    root = draw_folder(tmp_path / "custom", classes=["cat", "dog", "owl"], info={"classes": ["cat", "dog", "owl"]})
+    assert run(root, model="ssdlite320_mobilenet_v3_large") == 0
+    assert list(lines(root / "result")[0]["per_class"]["bbox"]) == ["cat", "dog", "owl"]
+    content = torch.load(root / "result" / "weights" / "checkpoint.pth", weights_only=True)
+    assert content["dataset"]["label_names"] == ["cat", "dog", "owl"] and content["model_spec"]["num_classes"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_keypoints", [1, 2, 17, 21])
+def test_any_number_of_keypoints_trains_scores_and_repeats_its_score(tmp_path, capsys, num_keypoints):
+    root = draw_folder(tmp_path / "custom", num_images=3, num_keypoints=num_keypoints)
+    assert run(root, "--kpt-oks-sigmas", "0.07") == 0
+    out = capsys.readouterr().out
+    assert "no mirroring in training" in out and "OKS sigmas from --kpt-oks-sigmas: 0.07" in out
+    (line,) = lines(root / "result")
+    assert line["settings"]["kpt_oks_sigmas"] == [0.07] * num_keypoints
+    assert line["settings"]["oks_area"] == "annotation"
+    checkpoint = root / "result" / "weights" / "checkpoint.pth"
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["model_spec"]["num_keypoints"] == num_keypoints
+    shutil.rmtree(root / "train")
+    again = tmp_path / "again"
+    assert run(root, "--test-only", "--resume", checkpoint, "--kpt-oks-sigmas", "0.07", "--output-dir", again) == 0
+    (repeated,) = lines(again)
+    assert repeated["keypoints"] == line["keypoints"] and repeated["bbox"] == line["bbox"]
+    assert repeated["keypoint_errors"] == line["keypoint_errors"]
+
+
+def test_a_wrong_number_of_sigmas_is_refused(tmp_path, capsys):
+    root = draw_folder(tmp_path / "custom")
+    assert run(root, "--kpt-oks-sigmas", "0.1", "0.1", "0.1") == 1
+    assert "3 OKS sigmas (from --kpt-oks-sigmas) for objects with 2 keypoints" in capsys.readouterr().err
+
+
+def sided_folder(tmp_path, info):
+    """Keypoints nose, left, right, with left always on the picture's right."""
+    root = draw_folder(tmp_path / "custom", num_images=20, num_keypoints=3, info=info)
+    for index in range(20):
+
+        def change(entry):
+            for k, (x1, y1, x2, y2) in enumerate(entry["bboxes"]):
+                w, h = x2 - x1, y2 - y1
+                at = [(0.5, 0.1), (0.85, 0.6), (0.15, 0.6)]
+                entry["keypoints"][k] = [[int(x1 + a * w), int(y1 + b * h), 2] for a, b in at]
+
+        edit(root, change, index=index)
+    return root
+
+
+def test_flip_pairs_are_taken_inferred_or_refused(tmp_path, capsys):
+    names = {"keypoint_names": ["nose", "left_wing", "right_wing"]}
+    for k, (info, expected, code) in enumerate(
+        [
+            ({"flip_pairs": [[1, 2]]}, "swap in a mirror: 1-2", 0),
+            (names, "swap in a mirror: left_wing-right_wing", 0),
+            ({"flip_pairs": []}, "flip_pairs look wrong", 0),
+            ({"flip_pairs": [[0, 1]]}, "flip_pairs look wrong", 1),
+        ]
+    ):
+        root = sided_folder(tmp_path / str(k), info)
+        assert run(root, "--eval-every", "0", "--output-dir", "", "--epochs", "1", batch=20) == code
+        text = "".join(capsys.readouterr())
+        assert (expected in text) == (info != {"flip_pairs": []})
+
+
+@pytest.mark.slow
+def test_real_photographs_train_on_two_processes_and_repeat_their_score(glue_tubes):
+    """Keypoint R-CNN on the glue tubes through torchrun, at a small size, with a few images for the time."""
+    for split, keep in (("train", 6), ("test", 4)):
+        for path in sorted((glue_tubes / split / "annotations").iterdir())[keep:]:
+            path.unlink()
+            (glue_tubes / split / "images" / f"{path.stem}.jpg").unlink()
+    flags = [
+        "--dataset",
+        "custom",
+        "--data-path",
+        glue_tubes,
+        "--model",
+        "keypointrcnn_resnet50_fpn",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--min-size", "96", "--max-size", "160", "--workers", "1", "--epochs", "1", "--batch-size", "1"]
+    run_train(*flags, processes=2)
+    result = glue_tubes / "result"
+    (line,) = lines(result)
+    assert {"bbox", "keypoints", "keypoint_errors"} <= set(line)
+    assert line["keypoint_errors"]["all"]["labelled"] > 0
+    again = result / "again"
+    resume = ["--test-only", "--resume", result / "weights" / "checkpoint.pth", "--output-dir", again]
+    run_train(*flags, *resume)
+    (repeated,) = lines(again)
+    assert repeated["bbox"] == line["bbox"] and repeated["keypoints"] == line["keypoints"]
+
+
+def test_the_real_folder_gives_no_false_alarm(glue_tubes):
+    split = load_custom_split(glue_tubes, "train")
+    assert len(split.annotations) == 89 and split.annotations.num_keypoints == 2
+    assert split.annotations.warnings == ()
