@@ -6,6 +6,8 @@ import shlex
 import pytest
 from conftest import ROOT, draw_coco
 
+import score
+import sigmas
 import train
 from data_loading import build_train_loader, build_val_loader
 from datasets import load_data
@@ -51,9 +53,11 @@ def test_every_flag_is_in_the_readme_and_every_flag_of_the_readme_exists():
     options = {
         option for action in train.get_args_parser()._actions for option in action.option_strings if option[:2] == "--"
     }
-    options -= {"--help", "--wd", "--start_epoch", "--no-keep-negatives"}
+    options = {o for o in options if not o.startswith("--no-")} - {"--help", "--wd", "--start_epoch"}
     missing = sorted(option for option in options if f"`{option}" not in README)
     assert not missing
     mentioned = set(re.findall(r"`(--[a-z][a-z0-9-]*)", README)) - {"--check", "--nproc_per_node"}
-    known = options | {"--dist", "--check"}
-    assert mentioned <= known, mentioned - known
+    for other in (score, sigmas):
+        options |= set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / f"{other.__name__}.py").read_text()))
+    mentioned = {option for option in mentioned if not option.startswith("--no-")}
+    assert mentioned <= options | {"--dist", "--check"}, mentioned - options
