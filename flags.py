@@ -1,13 +1,17 @@
-"""The command line of ``train.py``: every flag, and the checks that need no data."""
+"""The command line of ``train.py``: every flag, the checks that need no data, and what the flags ask for.
+
+The data and model flags are functions of their own, for other commands that look at the same data.
+"""
 
 import argparse
 import logging
+from pathlib import Path
 
 from coco_eval import OKS_AREAS
-from datasets import DATASETS
+from datasets import DATASETS, Data, Source
 from engine import ON_NAN
 from findings import ON_BAD_DATA
-from models import ARCHITECTURES
+from models import ARCHITECTURES, ModelSpec
 from optimization import OPTIMIZERS, SCHEDULERS
 from presets import PRESETS, RESIZING_PRESETS
 from utils import choose_device
@@ -26,7 +30,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         add_help=add_help,
     )
     _add_process_flags(parser)
-    _add_data_flags(parser)
+    add_data_flags(parser)
     _add_model_flags(parser)
     _add_optimization_flags(parser)
     _add_checkpoints_flags(parser)
@@ -45,7 +49,8 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the group that says which data are used, and how they are loaded and augmented."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", default=DEFAULT_DATA_PATH, help="root of the dataset; for custom: ./custom")
     group.add_argument("--dataset", default="coco", type=str.lower, choices=DATASETS)
@@ -74,16 +79,21 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use-v2", action="store_true", help="no effect: transforms are always v2")
 
 
+def add_model_choice(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say which model and what it resizes images to."""
+    group.add_argument("--model", default="maskrcnn_resnet50_fpn", choices=ARCHITECTURES)
+    group.add_argument("--min-size", type=int, nargs="+", metavar="PIXELS", help="short sides the model resizes to")
+    group.add_argument("--max-size", type=int, metavar="PIXELS", help="limit of the long side")
+
+
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="maskrcnn_resnet50_fpn", choices=ARCHITECTURES)
+    add_model_choice(group)
     group.add_argument("--weights", help="weights enum entry, state dict or checkpoint to start the whole model from")
     group.add_argument("--weights-backbone", help="weights enum entry or state dict to start the backbone from")
     group.add_argument(
         "--trainable-backbone-layers", type=int, help="stages to train, from the output on; default: the model's own"
     )
-    group.add_argument("--min-size", type=int, nargs="+", metavar="PIXELS", help="short sides the model resizes to")
-    group.add_argument("--max-size", type=int, metavar="PIXELS", help="limit of the long side")
     group.add_argument("--rpn-score-thresh", type=float, help="of R-CNN models")
     group.add_argument("--sync-bn", action="store_true", help="batch norms over all processes")
 
@@ -155,17 +165,42 @@ def _optimizer_name(text: str) -> str:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line on stderr and exit code 2 where flags contradict each other or name what does not exist."""
-    architecture = ARCHITECTURES[args.model]
-    for name in ("batch_size", "epochs", "print_freq", "eval_batch_size", "accumulate"):
+    for name in ("epochs", "print_freq", "eval_batch_size", "accumulate"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("workers", "eval_every", "keep_checkpoints", "start_epoch"):
+    for name in ("eval_every", "keep_checkpoints", "start_epoch"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    for name in ("checkpoint_every", "warmup_iters", "max_dets", "max_size", "clip_grad_norm"):
+    for name in ("checkpoint_every", "warmup_iters", "max_dets", "clip_grad_norm"):
         value = getattr(args, name)
         if value is not None and value < (0 if name == "warmup_iters" else 1e-12):
             parser.error(f"--{name.replace('_', '-')} {value}: must be positive")
+    check_data_args(parser, args)
+    if args.kpt_oks_sigmas and ARCHITECTURES[args.model].task != "keypoint":
+        parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
+    if args.rpn_score_thresh is not None and "rcnn" not in args.model:
+        parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
+    if args.test_only and not (args.resume or args.weights):
+        parser.error("--test-only needs a model: --resume CHECKPOINT or --weights NAME")
+    try:
+        choose_device(args.device)
+        if args.weights:
+            find_model_weights(args.weights, args.model)
+        if args.weights_backbone:
+            find_backbone_weights(args.weights_backbone, args.model)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Do what `check_args` does for the flags of `add_data_flags` and `add_model_choice`."""
+    architecture = ARCHITECTURES[args.model]
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: must not be negative")
+    if args.max_size is not None and args.max_size < 1:
+        parser.error(f"--max-size {args.max_size}: must be positive")
     if args.dataset == "coco" and architecture.task == "keypoint":
         parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")
     if architecture.fixed_size is not None and (args.min_size or args.max_size):
@@ -178,22 +213,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--use-copypaste needs --data-augmentation lsj")
     if args.use_copypaste and architecture.task != "mask":
         parser.error(f"--use-copypaste pastes masks, which {args.model} does not learn; use a mask model")
-    if args.kpt_oks_sigmas and architecture.task != "keypoint":
-        parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
-    if args.rpn_score_thresh is not None and "rcnn" not in args.model:
-        parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
     if (args.train_images and not args.train_annotations) or (args.val_images and not args.val_annotations):
         parser.error("--train-images and --val-images need --train-annotations and --val-annotations")
-    if args.test_only and not (args.resume or args.weights):
-        parser.error("--test-only needs a model: --resume CHECKPOINT or --weights NAME")
-    try:
-        choose_device(args.device)
-        if args.weights:
-            find_model_weights(args.weights, args.model)
-        if args.weights_backbone:
-            find_backbone_weights(args.weights_backbone, args.model)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def log_ineffective_flags(args: argparse.Namespace) -> None:
@@ -210,3 +231,37 @@ def log_ineffective_flags(args: argparse.Namespace) -> None:
         logger.warning("--lr-steps has no effect with --lr-scheduler %s", args.lr_scheduler)
     if args.weights and args.weights_backbone:
         logger.warning("--weights-backbone has no effect: --weights is for the whole model")
+
+
+def data_source(args: argparse.Namespace) -> Source:
+    """Return which data the flags name."""
+    is_default = args.dataset == "custom" and args.data_path == DEFAULT_DATA_PATH
+    paths = {"train": (args.train_images, args.train_annotations), "val": (args.val_images, args.val_annotations)}
+    return Source(
+        args.dataset,
+        Path("custom" if is_default else args.data_path),
+        on_bad_data=args.on_bad_data,
+        cache_dir=Path(args.cache_dir) if args.cache_dir else None,
+        paths=paths,
+    )
+
+
+def wanted_spec(args: argparse.Namespace, data: Data) -> ModelSpec:
+    """Return the record of the model that flags and data ask for, before any weights are known."""
+    architecture = ARCHITECTURES[args.model]
+    return ModelSpec(
+        name=args.model,
+        num_classes=data.label_map.num_classes,
+        num_keypoints=data.num_keypoints if architecture.task == "keypoint" else 0,
+        trainable_layers=len(architecture.backbone.stages),
+        min_size=tuple(args.min_size) if args.min_size else None,
+        max_size=args.max_size,
+        skip_resize=args.data_augmentation in RESIZING_PRESETS,
+        detections_per_img=args.max_dets,
+        rpn_score_thresh=args.rpn_score_thresh,
+    )
+
+
+def keeps_negatives(args: argparse.Namespace) -> bool:
+    """Return whether images without objects are trained on."""
+    return args.dataset in ("custom", "shapes") if args.keep_negatives is None else args.keep_negatives

@@ -23,13 +23,12 @@ from torch import nn
 from checkpoint import CheckpointFolder, lock_folder, open_checkpoint, rebuild_model
 from coco_eval import CocoEvaluator
 from data_loading import build_train_loader, build_val_loader
-from datasets import Data, Source, load_data
+from datasets import Data, load_data
 from engine import NonFiniteLossError, Progress
-from flags import DEFAULT_DATA_PATH, check_args, get_args_parser, log_ineffective_flags
+from flags import check_args, data_source, get_args_parser, keeps_negatives, log_ineffective_flags, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ARCHITECTURES, ModelSpec
 from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
-from presets import RESIZING_PRESETS
 from run_folder import append_metrics, choose_output_dir, describe_scores, plain_flags
 from scoring import score_model
 from stopping import StopRequest, die_with_parent
@@ -62,35 +61,6 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise SetUpError(str(error)) from error
-
-
-def data_source(args: argparse.Namespace) -> Source:
-    """Return which data the flags name."""
-    is_default = args.dataset == "custom" and args.data_path == DEFAULT_DATA_PATH
-    paths = {"train": (args.train_images, args.train_annotations), "val": (args.val_images, args.val_annotations)}
-    return Source(
-        args.dataset,
-        Path("custom" if is_default else args.data_path),
-        on_bad_data=args.on_bad_data,
-        cache_dir=Path(args.cache_dir) if args.cache_dir else None,
-        paths=paths,
-    )
-
-
-def wanted_spec(args: argparse.Namespace, data: Data) -> ModelSpec:
-    """Return the record of the model that flags and data ask for, before any weights are known."""
-    architecture = ARCHITECTURES[args.model]
-    return ModelSpec(
-        name=args.model,
-        num_classes=data.label_map.num_classes,
-        num_keypoints=data.num_keypoints if architecture.task == "keypoint" else 0,
-        trainable_layers=len(architecture.backbone.stages),
-        min_size=tuple(args.min_size) if args.min_size else None,
-        max_size=args.max_size,
-        skip_resize=args.data_augmentation in RESIZING_PRESETS,
-        detections_per_img=args.max_dets,
-        rpn_score_thresh=args.rpn_score_thresh,
-    )
 
 
 def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
@@ -227,11 +197,6 @@ def main(args: argparse.Namespace) -> int:
             print_freq=args.print_freq,
             on_nan=args.on_nan,
         )
-
-
-def keeps_negatives(args: argparse.Namespace) -> bool:
-    """Return whether images without objects are trained on."""
-    return args.dataset in ("custom", "shapes") if args.keep_negatives is None else args.keep_negatives
 
 
 def build_learning_rate(args: argparse.Namespace, sampler: GroupedBatchSampler, world_size: int) -> LearningRate:
