@@ -236,8 +236,8 @@ def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, 
     """Return the 95 % intervals of an evaluation's figures; on the first process, where the matches are.
 
     Returns:
-        Per kind of score ``AP_interval``, ``AP50_interval``, ``AP75_interval`` and ``AR_interval``, each [low, high]
-        or None without objects, and ``resamples``, their number. A kind with too many detections has no entry.
+        Per kind of score ``AP``, ``AP50``, ``AP75`` and ``AR``, each [low, high] or None without objects, and
+        ``resamples``, their number. A kind with too many detections has no entry.
     """
     intervals: dict[str, dict[str, Any]] = {}
     for iou_type in evaluator.iou_types:
@@ -250,6 +250,16 @@ def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, 
         for name in RESAMPLED:
             figure = result.metrics[iou_type][name]
             found = None if figure is None else interval(figure, resampled.figure(name))
-            of_type[f"{name}_interval"] = None if found is None else [max(found[0], 0.0), min(found[1], 1.0)]
+            of_type[name] = None if found is None else [max(found[0], 0.0), min(found[1], 1.0)]
         intervals[iou_type] = of_type
     return intervals
+
+
+def format_intervals(intervals: dict[str, dict[str, Any]]) -> str:
+    """Return the intervals of AP as text, one line per kind of score; empty without any."""
+    lines = []
+    for iou_type, of_type in intervals.items():
+        if of_type["AP"] is not None:
+            low, high = of_type["AP"]
+            lines.append(f"AP, {iou_type}: {LEVEL:.0%} interval over images {low:.4f} to {high:.4f}")
+    return "\n".join(lines)

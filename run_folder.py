@@ -38,9 +38,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}
 
 
-def describe_scores(result: EvalResult, report: Report | None) -> dict[str, Any]:
+def describe_scores(result: EvalResult, report: Report | None, intervals: dict[str, Any]) -> dict[str, Any]:
     """Return an evaluation as plain values: every figure by name, and beside them what they depend on."""
-    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class}
+    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": intervals}
     described |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
     return described | (report.to_plain() if report is not None else {})
 

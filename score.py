@@ -17,6 +17,7 @@ import numpy as np
 
 from annotation_checks import Record
 from annotations import Annotations
+from bootstrap import format_intervals, metric_intervals
 from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
 from coco_utils import read_coco
 from eval_report import build_report, format_classes
@@ -118,8 +119,11 @@ def main(args: argparse.Namespace) -> int:
     report = build_report(evaluator, result)
     print(format_summary(result))
     print(format_classes(result, report, iou_types[0]))
+    intervals = metric_intervals(evaluator, result)
+    print(format_intervals(intervals))
     if args.json:
-        content = {**result.metrics, "per_class": result.per_class, "settings": result.settings, **report.to_plain()}
+        content = {**result.metrics, "per_class": result.per_class, "intervals": intervals}
+        content |= {"settings": result.settings, **report.to_plain()}
         Path(args.json).write_text(json.dumps(content, indent=1))
     return 0
 

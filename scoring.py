@@ -1,11 +1,13 @@
 """One evaluation of a model, from images to figures, report and predictions on disk."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from bootstrap import format_intervals, metric_intervals
 from coco_eval import CocoEvaluator, EvalResult, format_summary
 from data_loading import DeviceLoader
 from detection_dataset import LabelMap
@@ -13,7 +15,7 @@ from engine import evaluate
 from eval_report import Report, build_report, format_classes
 from predictions import PredictionWriter
 from stopping import StopRequest
-from utils import rank
+from utils import broadcast_json, rank
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +30,12 @@ class Scored:
     Attributes:
         result: COCO's figures, on every process.
         report: The rest, on the first process.
+        intervals: `bootstrap.metric_intervals`, on every process.
     """
 
     result: EvalResult
     report: Report | None
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def score_model(
@@ -73,4 +77,7 @@ def score_model(
     report = build_report(evaluator, result) if rank() == 0 else None
     if report is not None and 1 < len(report.class_names) <= MAX_PRINTED_CLASSES:
         logger.info("%s", format_classes(result, report))
-    return Scored(result, report)
+    intervals = broadcast_json(metric_intervals(evaluator, result) if rank() == 0 else None)
+    if text := format_intervals(intervals):
+        logger.info("%s", text)
+    return Scored(result, report, intervals)

@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> int:
         predictions_dir = given_dir if args.save_predictions else None
         scored = score_model(model, val_loader, evaluator, data.label_map, predictions_dir=predictions_dir)
         if given_dir is not None and scored is not None and distributed.is_main:
-            append_metrics(given_dir, None, {}, describe_scores(scored.result, scored.report))
+            append_metrics(given_dir, None, {}, describe_scores(scored.result, scored.report, scored.intervals))
         return 0
 
     with errors_in_one_line():

@@ -158,7 +158,7 @@ def train_epochs(
             if scored is None:
                 logger.info("asked to stop during the evaluation after epoch %d", epoch)
                 return 0
-            state.metrics = describe_scores(scored.result, scored.report)
+            state.metrics = describe_scores(scored.result, scored.report, scored.intervals)
             if output_dir is not None:
                 append_metrics(output_dir, epoch, averages, state.metrics)
             save(epoch_done=epoch)

@@ -172,11 +172,11 @@ def test_intervals_stand_beside_the_figures(monkeypatch):
     of_boxes = metric_intervals(evaluator, result)["bbox"]
     assert of_boxes["resamples"] == 1000
     for name in RESAMPLED:
-        low, high = of_boxes[f"{name}_interval"]
+        low, high = of_boxes[name]
         assert 0 <= low <= result.metrics["bbox"][name] <= high <= 1 and low < high
     monkeypatch.setattr("bootstrap.MAX_WORK", 1)
     assert metric_intervals(evaluator, result) == {}
     truth["annotations"] = []
     monkeypatch.undo()
     evaluator, result = evaluate(truth, results, "bbox")
-    assert metric_intervals(evaluator, result)["bbox"]["AP_interval"] is None
+    assert metric_intervals(evaluator, result)["bbox"]["AP"] is None
