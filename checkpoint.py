@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from models import ModelSpec, build_model
-from utils import check_same_everywhere, sha256_of_file
+from utils import all_reduce_max, check_same_everywhere, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -97,18 +97,29 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
             file.flush()
             os.fsync(file.fileno())
-        # The hash file names the old and the new content while the rename is under way.
-        new = f"{hashing.digest.hexdigest()}  {path.name}\n"
-        old = _hash_file(path).read_text().splitlines(keepends=True)[-1:] if _hash_file(path).exists() else []
-        write_atomically(_hash_file(path), "".join([*old, new]).encode())
-        temporary.replace(path)
-        write_atomically(_hash_file(path), new.encode())
+        _rename_with_hash(temporary, path, hashing.digest.hexdigest())
         _sync_folder(path.parent)
     except RuntimeError as error:  # torch's zip writer wraps the OSError of a failed write
         raise _disk_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _rename_with_hash(temporary: Path, path: Path, digest: str) -> None:
+    """Move a finished file into place; its hash file names the old and the new content while that is under way."""
+    old = _hash_file(path).read_text() if _hash_file(path).exists() else ""
+    new = f"{digest}  {path.name}\n"
+    write_atomically(_hash_file(path), (old + new).encode())
+    temporary.replace(path)
+    write_atomically(_hash_file(path), new.encode())
+
+
+def _known_digests(path: Path) -> list[str]:
+    """Return the hashes that ``path`` may have: one, or several after a kill in the middle of a rename."""
+    if not _hash_file(path).exists():
+        return []
+    return [line.split()[0] for line in _hash_file(path).read_text().splitlines() if line.strip()]
 
 
 def _disk_error(error: RuntimeError, path: Path) -> Exception:
@@ -124,6 +135,8 @@ def _disk_error(error: RuntimeError, path: Path) -> Exception:
 
 def link_checkpoint(source: Path, target: Path) -> None:
     """Give a checkpoint a second name without writing it again; a copy where links are not possible."""
+    digests = _known_digests(source)
+    digest = digests[0] if len(digests) == 1 else sha256_of_file(source)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         temporary.unlink()
@@ -131,12 +144,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-    digest = _hash_file(source).read_text().split()[-2]
-    old = _hash_file(target).read_text().splitlines(keepends=True)[-1:] if _hash_file(target).exists() else []
-    new = f"{digest}  {target.name}\n"
-    write_atomically(_hash_file(target), "".join([*old, new]).encode())
-    temporary.replace(target)
-    write_atomically(_hash_file(target), new.encode())
+    _rename_with_hash(temporary, target, digest)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -147,10 +155,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint{_near_miss(path)}")
-    if _hash_file(path).exists():
-        known = {line.split()[0] for line in _hash_file(path).read_text().splitlines() if line.strip()}
-        if sha256_of_file(path) not in known:
-            raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_hash_file(path).name}")
+    known = _known_digests(path)
+    if known and sha256_of_file(path) not in known:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_hash_file(path).name}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -199,7 +206,11 @@ def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | No
 
     After a restart by torchrun the newest one in ``output_dir`` is taken, whatever ``resume`` says.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    # After a restart of several machines the one that was brought back counts none: all go by the highest count.
+    restarts = all_reduce_max(torch.tensor([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]))
+    restarted = bool(restarts)
+    if "://" in resume:
+        raise ValueError(f"--resume {resume}: URLs are not fetched; download the file and give its path")
     if resume == "auto" and output_dir is None:
         raise ValueError("--resume auto needs an --output-dir to look in")
     newest = None
@@ -265,6 +276,9 @@ class CheckpointFolder:
         self.folder, self.keep = folder, keep
         self.last_save_failed = False
         folder.mkdir(parents=True, exist_ok=True)
+        # A damaged newest one that an earlier run left must not take the place of the good one before it.
+        newest = folder / NEWEST
+        self._newest_is_whole = newest.exists() and sha256_of_file(newest) in _known_digests(newest)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
 
@@ -278,9 +292,10 @@ class CheckpointFolder:
         """
         newest = self.folder / NEWEST
         try:
-            if newest.exists():
+            if self._newest_is_whole:
                 link_checkpoint(newest, self.folder / PREVIOUS)
             save_checkpoint(content, newest)
+            self._newest_is_whole = True
             if epoch_done is not None:
                 link_checkpoint(newest, self.folder / f"model_{epoch_done}.pth")
                 self._remove_old()
@@ -325,7 +340,10 @@ def lock_folder(folder: Path) -> IO[str]:
     file = (folder / ".lock").open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s: this disk has no locks (%s); let only one run write there", folder, error.strerror)
+            return file
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()

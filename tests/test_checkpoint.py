@@ -19,6 +19,7 @@ from checkpoint import (
     find_newest,
     load_checkpoint,
     lock_folder,
+    open_checkpoint,
     save_checkpoint,
 )
 
@@ -76,6 +77,42 @@ def test_old_epochs_are_removed_with_their_hashes(tmp_path):
     assert all((tmp_path / f"{name}.sha256").exists() for name in names)
     assert len(list(tmp_path.glob("*.sha256"))) == len(names)
     assert load_checkpoint(tmp_path / "best.pth")["progress"]["epoch"] == 1
+
+
+def killed_between_hash_and_rename(path):
+    """Leave a folder as a SIGKILL does after the hash file was written and before the checkpoint was renamed."""
+    hashes = path.with_name(path.name + ".sha256")
+    hashes.write_text(hashes.read_text() + f"{'0' * 64}  {path.name}\n")
+
+
+def test_a_second_kill_in_the_middle_of_a_rename_loses_nothing(tmp_path):
+    CheckpointFolder(tmp_path).save(content(1))
+    killed_between_hash_and_rename(tmp_path / NEWEST)
+    assert load_checkpoint(tmp_path / NEWEST)["progress"]["epoch"] == 1
+    CheckpointFolder(tmp_path).save(content(2))
+    assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == 1
+    for epoch in (3, 4):
+        killed_between_hash_and_rename(tmp_path / NEWEST)
+        killed_between_hash_and_rename(tmp_path / NEWEST)
+        CheckpointFolder(tmp_path).save(content(epoch))
+        assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == epoch - 1
+
+
+def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path):
+    for epoch in (1, 2):
+        CheckpointFolder(tmp_path).save(content(epoch))
+    (tmp_path / NEWEST).write_bytes(b"damaged")
+    assert find_newest(tmp_path)[1]["progress"]["epoch"] == 1
+    CheckpointFolder(tmp_path).save(content(3))
+    assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == 1
+
+
+def test_a_lost_hash_file_does_not_end_the_saving(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.save(content(1))
+    (tmp_path / f"{NEWEST}.sha256").unlink()
+    assert CheckpointFolder(tmp_path).save(content(2))
+    assert load_checkpoint(tmp_path / NEWEST)["progress"]["epoch"] == 2
 
 
 def test_stale_temporary_files_are_swept(tmp_path):
@@ -159,6 +196,11 @@ def test_malicious_checkpoints_are_refused(tmp_path, evil):
     with pytest.raises(CheckpointError, match=r"evil\.pth.*pickled Python objects.*can run code"):
         load_checkpoint(path)
     assert not Path("/tmp/owned").exists()
+
+
+def test_urls_are_not_fetched(tmp_path):
+    with pytest.raises(ValueError, match="--resume http://host/a.pth: URLs are not fetched; download the file"):
+        open_checkpoint("http://host/a.pth", tmp_path)
 
 
 def test_foreign_and_later_checkpoints_are_named(tmp_path):
