@@ -175,13 +175,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def rebuild_model(content: dict[str, Any], wanted: ModelSpec | None = None) -> tuple[nn.Module, ModelSpec]:
+def rebuild_model(
+    content: dict[str, Any], wanted: ModelSpec | None = None, *, averaged: bool = True
+) -> tuple[nn.Module, ModelSpec]:
     """Build the checkpoint's own model, with its weights.
 
     Args:
         content: Of the checkpoint.
         wanted: What flags and data ask for: name, classes and keypoints must agree; sizes and the limit of
             detections are taken from here where it has them.
+        averaged: Take the averaged weights where there are any, as the checkpoint's metrics do; training goes on with
+            the others.
 
     Raises:
         CheckpointError: The checkpoint is that of another model; both values are named.
@@ -197,7 +201,7 @@ def rebuild_model(content: dict[str, Any], wanted: ModelSpec | None = None) -> t
         changed = {name: value for name, value in changed.items() if value is not None}
         spec = dataclasses.replace(spec, skip_resize=wanted.skip_resize, **changed)
     model = build_model(spec)
-    model.load_state_dict(content["model"])
+    model.load_state_dict(content["model_ema" if averaged and "model_ema" in content else "model"])
     return model, spec
 
 

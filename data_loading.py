@@ -45,6 +45,7 @@ class DeviceLoader:
         collate: Callable[[list[Sample]], PackedBatch] = collate_fn,
     ) -> None:
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
+        self.collate = collate
         self.loader = DataLoader(
             dataset,
             batch_sampler=batch_sampler,
@@ -162,10 +163,28 @@ def build_train_loader(
     return loader, sampler
 
 
-def build_val_loader(data: Data, distributed: Distributed, *, batch_size: int, workers: int) -> DeviceLoader:
-    """Build the loader for evaluation: every image once over all processes."""
+def build_val_loader(
+    data: Data, distributed: Distributed, *, batch_size: int, workers: int, task: str | None = None
+) -> DeviceLoader:
+    """Build a loader of the validation images: every image once over all processes.
+
+    Args:
+        data: With the split.
+        distributed: This process.
+        batch_size: Images per batch.
+        workers: Loading processes.
+        task: ``box``, ``mask`` or ``keypoint``: the samples have what its losses need; None: image ids alone.
+    """
     val = data.val
-    dataset = DetectionDataset(val.annotations, val.images, data.label_map, indices=val.indices, with_targets=False)
+    dataset = DetectionDataset(
+        val.annotations,
+        val.images,
+        data.label_map,
+        indices=val.indices,
+        needs_masks=task == "mask",
+        needs_keypoints=task == "keypoint",
+        with_targets=task is not None,
+    )
     sampler = EvalBatchSampler(
         len(dataset), batch_size=batch_size, rank=distributed.rank, world_size=distributed.world_size
     )

@@ -1,6 +1,7 @@
 """One epoch of training, and evaluation. Loops and nothing else: what they work on is made elsewhere."""
 
 import contextlib
+import json
 import logging
 import math
 import time
@@ -11,17 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from coco_eval import CocoEvaluator, EvalResult
 from data_loading import DeviceLoader
 from detection_dataset import LabelMap
 from fast_inference import fast_scoring
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
-from optimization import LearningRate
+from optimization import LearningRate, update_parameters
 from packing import Targets
-from progress import EpochLog
+from progress import EpochLog, progress_bar
 from stopping import StopRequest
-from utils import all_reduce_max, seed_torch
+from utils import all_reduce_max, broadcast_json, gather_bytes, rank, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +49,13 @@ class Progress:
         epoch: Current epoch, from 0.
         batches: Batches of the epoch's global list that are done.
         updates: Optimizer updates since the start of the run.
+        evaluated: As ``epoch``, when the run was last evaluated.
     """
 
     epoch: int = 0
     batches: int = 0
     updates: int = 0
+    evaluated: int = 0
 
 
 @dataclass
@@ -147,6 +152,7 @@ def train_one_epoch(
     clip_grad_norm: float | None = None,
     print_freq: int = 20,
     on_nan: str = "stop",
+    after_step: Callable[[], None] = lambda: None,
     after_update: Callable[[], None] = lambda: None,
     debug_folder: Path | None = None,
 ) -> dict[str, float]:
@@ -167,6 +173,7 @@ def train_one_epoch(
         clip_grad_norm: Largest norm of the gradient.
         print_freq: Steps between log lines.
         on_nan: ``stop`` raises `NonFiniteLossError`, ``skip`` leaves the update out and goes on.
+        after_step: Called after every step, for the profiler.
         after_update: Called after every update, for checkpoints.
         debug_folder: Where a batch with a non-finite loss is saved.
 
@@ -205,6 +212,7 @@ def train_one_epoch(
             progress.updates += 1
             progress.batches = sampler.done_after(step + 1)
         guard.look(is_last=step + 1 == len(sampler))
+        after_step()
         if is_update:
             after_update()
             if guard.stopping:
@@ -216,27 +224,6 @@ def train_one_epoch(
 def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Keep DDP from reducing gradients until the last step of an update."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
-
-
-def update_parameters(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad_norm: float | None, bad: Tensor
-) -> None:
-    """Take one optimizer step and clear the gradients; nothing changes where ``bad`` (on the device) is not 0."""
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    if clip_grad_norm is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        bad = torch.maximum(bad, (~torch.isfinite(norm)).to(bad.dtype))
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        # The protocol between GradScaler and fused optimizers: a step with found_inf 1 does nothing.
-        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    optimizer.zero_grad(set_to_none=True)
 
 
 def report_bad_loss(record: StepRecord, gives_up: bool, debug_folder: Path | None) -> None:
@@ -251,7 +238,7 @@ def report_bad_loss(record: StepRecord, gives_up: bool, debug_folder: Path | Non
     text = f"epoch {record.epoch} step {record.step}: loss not finite ({', '.join(here) or 'on another process'}), "
     text += f"learning rate {record.lr:.6g}, image ids {ids}"
     if here and debug_folder is not None:
-        path = debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}.pt"
+        path = debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}_rank{rank()}.pt"
         torch.save({"images": record.images, "targets": record.targets, "losses": values}, path)
         text += f"; the batch is in {path}"
     if gives_up:
@@ -294,7 +281,7 @@ def evaluate(
     model.eval()
     try:
         start, scoring = time.perf_counter(), 0.0
-        with fast_scoring(model, evaluator.max_keypoint_dets):
+        with fast_scoring(model, evaluator.max_keypoint_dets), progress_bar("Test", len(loader)) as bar:
             for step, (images, targets) in enumerate(loader):
                 outputs = model(images)
                 image_ids = [target["image_id"] for target in targets]
@@ -302,6 +289,7 @@ def evaluate(
                 detections = evaluator.update(image_ids, outputs, label_map)
                 scoring += time.perf_counter() - before
                 on_batch(image_ids, detections)
+                bar.update()
                 # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
                 polls = stop is not None and (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
                 if polls and bool(all_reduce_max(torch.tensor([float(bool(stop))]))):
@@ -314,3 +302,45 @@ def evaluate(
     finally:
         model.train(was_training)
         torch.set_rng_state(cpu_rng)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, loader: DeviceLoader) -> dict[str, float]:
+    """Return the losses of training on ``loader``'s images, without augmentation and without learning from them.
+
+    The model is in training mode but for its norms and its resize, which are as in evaluation. Sampling is seeded
+    per batch, and means are taken in the order of the images: any number of processes gives the same digits.
+    Generators and mode are afterwards as they were.
+
+    Args:
+        model: Bare, not in DDP.
+        loader: With an `EvalBatchSampler` and targets.
+
+    Returns:
+        ``loss`` and each of its terms, averaged over images.
+    """
+    modes = {module: module.training for module in model.modules()}
+    cpu_rng = torch.get_rng_state()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (_NormBase, GeneralizedRCNNTransform)):
+            module.eval()
+    rows: list[list[Any]] = []
+    try:
+        for images, targets in loader:
+            image_id = targets[0]["image_id"]
+            seed_torch("validation loss", image_id)
+            losses = model(images, targets)
+            rows.append([image_id, len(images), {name: float(value) for name, value in losses.items()}])
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        torch.set_rng_state(cpu_rng)
+    gathered = gather_bytes(json.dumps(rows).encode())
+    means: dict[str, float] = {}
+    if gathered is not None:
+        rows = sorted((row for part in gathered for row in json.loads(part)), key=lambda row: row[0])
+        count = sum(row[1] for row in rows)
+        terms = {name: math.fsum(row[1] * row[2][name] for row in rows) / count for name in rows[0][2]}
+        means = {"loss": math.fsum(terms.values()), **terms}
+    return broadcast_json(means)

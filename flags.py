@@ -8,10 +8,11 @@ import logging
 from pathlib import Path
 
 from coco_eval import OKS_AREAS
+from coco_metrics import DETECTION_SUMMARY, KEYPOINT_SUMMARY
 from datasets import DATASETS, Data, Source
 from engine import ON_NAN
 from findings import ON_BAD_DATA
-from models import ARCHITECTURES, ModelSpec
+from models import ARCHITECTURES, IOU_TYPES, ModelSpec
 from optimization import OPTIMIZERS, SCHEDULERS
 from presets import PRESETS, RESIZING_PRESETS
 from utils import choose_device
@@ -33,6 +34,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add_data_flags(parser)
     _add_model_flags(parser)
     _add_optimization_flags(parser)
+    _add_speed_flags(parser)
     _add_checkpoints_flags(parser)
     _add_evaluation_flags(parser)
     return parser
@@ -46,6 +48,9 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", default=0, type=int, help="of order, augmentation, start weights and sampling")
     group.add_argument(
         "--use-deterministic-algorithms", action="store_true", help="refuse operations that vary from run to run"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, try the largest batch, write nothing"
     )
 
 
@@ -120,7 +125,17 @@ def _add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--amp-dtype", default="auto", choices=("auto", "float16", "bfloat16"), help="auto: bfloat16 if possible"
     )
+    group.add_argument(
+        "--ema", type=float, nargs="?", const=0.9998, metavar="DECAY", help="average the weights, and score the average"
+    )
     group.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when a loss is not finite")
+
+
+def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed")
+    group.add_argument("--channels-last", action="store_true", help="backbone in channels-last order; helps with --amp")
+    group.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
+    group.add_argument("--profile", default=0, type=int, metavar="N", help="profile N steps after the first ones")
 
 
 def _add_checkpoints_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +156,11 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--test-only", action="store_true", help="evaluate and end; needs no training data")
     group.add_argument("--eval-every", default=1, type=int, metavar="N", help="epochs between evaluations; 0: never")
+    group.add_argument("--best-metric", metavar="KIND/FIGURE", help="what best.pth is best in; default: AP of the task")
+    group.add_argument(
+        "--early-stop", default=0, type=int, metavar="N", help="end after N evaluations without a better one; 0: never"
+    )
+    group.add_argument("--val-loss", action="store_true", help="also report the losses on the validation images")
     group.add_argument("--eval-batch-size", default=1, type=int, metavar="N", help="images per process and step")
     group.add_argument(
         "--save-predictions",
@@ -168,7 +188,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("epochs", "print_freq", "eval_batch_size", "accumulate"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("eval_every", "keep_checkpoints", "start_epoch"):
+    for name in ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     for name in ("checkpoint_every", "warmup_iters", "max_dets", "clip_grad_norm"):
@@ -180,6 +200,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
     if args.rpn_score_thresh is not None and "rcnn" not in args.model:
         parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
+    if args.ema is not None and not 0 < args.ema < 1:
+        parser.error(f"--ema {args.ema}: expected a decay between 0 and 1, such as 0.9998")
+    if args.best_metric is None:
+        args.best_metric = f"{IOU_TYPES[ARCHITECTURES[args.model].task][-1]}/AP"
+    known = metric_names(ARCHITECTURES[args.model].task)
+    if args.best_metric not in known:
+        parser.error(f"--best-metric {args.best_metric}: expected one of {', '.join(known)}")
     if args.test_only and not (args.resume or args.weights):
         parser.error("--test-only needs a model: --resume CHECKPOINT or --weights NAME")
     try:
@@ -217,6 +244,12 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--train-images and --val-images need --train-annotations and --val-annotations")
 
 
+def metric_names(task: str) -> list[str]:
+    """Return what ``--best-metric`` may be for models of a task."""
+    summary = {"keypoints": KEYPOINT_SUMMARY}
+    return [f"{kind}/{line[0]}" for kind in IOU_TYPES[task] for line in summary.get(kind, DETECTION_SUMMARY)]
+
+
 def log_ineffective_flags(args: argparse.Namespace) -> None:
     """Say which given flags change nothing."""
     if args.use_v2 or args.backend != "pil":
@@ -229,6 +262,8 @@ def log_ineffective_flags(args: argparse.Namespace) -> None:
         logger.warning("--amp-dtype has no effect without --amp")
     if args.lr_scheduler != "multisteplr" and args.lr_steps != [16, 22]:
         logger.warning("--lr-steps has no effect with --lr-scheduler %s", args.lr_scheduler)
+    if args.early_stop and not args.eval_every:
+        logger.warning("--early-stop has no effect without evaluations (--eval-every 0)")
     if args.weights and args.weights_backbone:
         logger.warning("--weights-backbone has no effect: --weights is for the whole model")
 

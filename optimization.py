@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -131,3 +131,24 @@ def choose_amp(name: str, device: torch.device) -> tuple[torch.dtype, torch.amp.
     if name == "bfloat16":
         return torch.bfloat16, None
     return torch.float16, torch.amp.GradScaler(device.type)
+
+
+def update_parameters(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad_norm: float | None, bad: Tensor
+) -> None:
+    """Take one optimizer step and clear the gradients; nothing changes where ``bad`` (on the device) is not 0."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if clip_grad_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        bad = torch.maximum(bad, (~torch.isfinite(norm)).to(bad.dtype))
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # The protocol between GradScaler and fused optimizers: a step with found_inf 1 does nothing.
+        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)

@@ -2,22 +2,32 @@
 
 import datetime
 import logging
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from utils import all_reduce_sum, world_size
+from utils import all_reduce_sum, peak_memory_mb, rank, world_size
 
 logger = logging.getLogger(__name__)
 
 
+def progress_bar(title: str, total: int, unit: str = "batch") -> tqdm:
+    """Return a live bar on the terminal; a bar that shows nothing on other processes, in pipes and in files."""
+    shows = rank() == 0 and sys.stdout.isatty()
+    return tqdm(total=total, desc=title, unit=unit, file=sys.stdout, dynamic_ncols=True, disable=not shows)
+
+
 class EpochLog:
-    """Collects one epoch's losses and times; losses stay on the device until a line is printed.
+    """Collects one epoch's losses and times; losses stay on the device until they are shown.
+
+    On a terminal they stand beside a live bar, elsewhere in plain lines.
 
     Args:
-        title: Start of every line.
+        title: Start of the bar, or of every line.
         num_steps: Length of the epoch.
         print_freq: Steps between lines.
         device: Where losses are.
@@ -32,6 +42,7 @@ class EpochLog:
         self.images = self.images_printed = 0
         self.wait = self.wait_printed = 0.0
         self.start = self.last_print = time.perf_counter()
+        self.bar = progress_bar(title, num_steps)
 
     def step(self, names: Sequence[str], losses: Tensor, *, lr: float, num_images: int, wait: float) -> None:
         """Note one step.
@@ -48,6 +59,7 @@ class EpochLog:
         self.images += num_images
         self.wait += wait
         self.count += 1
+        self.bar.update()
         if self.count % self.print_freq == 0 or self.count == self.num_steps or self.count == 1:
             self._print(lr)
 
@@ -68,24 +80,23 @@ class EpochLog:
         eta = datetime.timedelta(seconds=int((now - self.start) / self.count * (self.num_steps - self.count)))
         assert self.totals is not None
         mean = self.totals / self.count
-        parts = [
-            f"{self.title} [{self.count}/{self.num_steps}]",
-            f"eta: {eta}",
-            f"lr: {lr:.6f}",
-            f"loss: {recent.sum():.4f} ({mean.sum():.4f})",
-            *(f"{name}: {a:.4f} ({b:.4f})" for name, a, b in zip(self.names, recent, mean)),
-            f"img/s: {images / seconds:.1f}",
-            f"data wait: {waited:.0%}",
-        ]
+        terms = [f"{name}: {a:.4f} ({b:.4f})" for name, a, b in zip(self.names, recent, mean)]
+        head = [f"lr: {lr:.6f}", f"loss: {recent.sum():.4f} ({mean.sum():.4f})"]
+        tail = [f"img/s: {images / seconds:.1f}", f"data wait: {waited:.0%}"]
         if self.device.type == "cuda":
-            parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.device) >> 20} MB")
-        logger.info("  ".join(parts))
+            tail.append(f"max mem: {peak_memory_mb(self.device)} MB")
+        if self.bar.disable:
+            line = [f"{self.title} [{self.count}/{self.num_steps}]", f"eta: {eta}", *head, *terms, *tail]
+            logger.info("%s", "  ".join(line))
+        else:
+            self.bar.set_postfix_str("  ".join([*head, *tail]), refresh=False)
         self.last_print, self.images_printed, self.wait_printed = now, self.images, self.wait
 
     def finish(self) -> dict[str, float]:
         """Return the epoch's averages: ``loss``, each term, ``img_per_s``, ``data_wait`` (a share), ``seconds``."""
         if self.pending:
             self._flush()
+        self.bar.close()
         seconds = max(time.perf_counter() - self.start, 1e-9)
         images = float(all_reduce_sum(torch.tensor([float(self.images)])))
         averages = {"seconds": seconds, "img_per_s": images / seconds, "data_wait": self.wait / seconds}
@@ -93,5 +104,5 @@ class EpochLog:
             mean = (self.totals / self.count).tolist()
             averages = {"loss": sum(mean), **dict(zip(self.names, mean)), **averages}
         if self.device.type == "cuda":
-            averages["max_mem_mb"] = float(torch.cuda.max_memory_allocated(self.device) >> 20)
+            averages["max_mem_mb"] = float(peak_memory_mb(self.device))
         return averages

@@ -2,15 +2,24 @@
 
 import datetime
 import json
+import logging
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coco_eval import EvalResult
-from eval_report import Report
-from utils import broadcast_json
+from checkpoint import CheckpointFolder, lock_folder, write_atomically
+from scoring import Scored
+from utils import broadcast_json, rank, world_size
+
+logger = logging.getLogger(__name__)
+
+SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
 
 
 def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path) -> Path | None:
@@ -38,18 +47,121 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}
 
 
-def describe_scores(result: EvalResult, report: Report | None, intervals: dict[str, Any]) -> dict[str, Any]:
+def describe_scores(scored: Scored) -> dict[str, Any]:
     """Return an evaluation as plain values: every figure by name, and beside them what they depend on."""
-    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": intervals}
+    result, report = scored.result, scored.report
+    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": scored.intervals}
     described |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
+    if scored.losses:
+        described["val_loss"] = scored.losses
     return described | (report.to_plain() if report is not None else {})
 
 
+class RunFolder:
+    """The folder that a training writes into; only the first process writes, and only it may.
+
+    Args:
+        path: The folder, the same on all processes.
+        keep: How many ``model_N.pth`` stay; 0 keeps all.
+
+    Raises:
+        ValueError: Another run writes there.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path = path
+        self.lock = lock_folder(path) if rank() == 0 else None
+        self.checkpoints = CheckpointFolder(path / "weights", keep) if rank() == 0 else None
+        self.events = _open_events(path) if rank() == 0 else None
+
+    @property
+    def last_save_failed(self) -> bool:
+        """Whether the newest state is not on the disk."""
+        return self.checkpoints is not None and self.checkpoints.last_save_failed
+
+    def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:
+        """Write a checkpoint, see `CheckpointFolder.save`."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(content, epoch_done=epoch_done, is_best=is_best)
+
+    def write_args(self, flags: dict[str, Any]) -> None:
+        """Write ``args.json``: flags, command line, versions, git commit of the suite, host and time."""
+        if rank() != 0:
+            return
+        content = {
+            "args": flags,
+            "command": shlex.join(sys.argv),
+            "versions": {**versions(), "python": platform.python_version()},
+            "git_commit": _git_commit(),
+            "processes": world_size(),
+            "host": platform.node(),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "args.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    def add_epoch(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Note an epoch's losses and times and its scores, see `append_metrics`."""
+        if rank() != 0:
+            return
+        append_metrics(self.path, epoch, averages, scores)
+        if self.events is not None:
+            figures = {"train": averages, **{kind: scores[kind] for kind in SCORE_KINDS if kind in scores}}
+            for kind, values in figures.items():
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        self.events.add_scalar(f"{kind}/{name}", value, epoch)
+            self.events.flush()
+
+
 def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``: the epoch's losses and times, and `describe_scores`."""
+    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `describe_scores`.
+
+    Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
+
+    Args:
+        folder: Of the run.
+        epoch: From 0; None for an evaluation alone.
+        averages: See `train_one_epoch`.
+        scores: See `describe_scores`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"epoch": epoch, "train": averages, **scores}) + "\n")
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    if epoch is not None:
+        lines = [line for line in lines if _is_before(line, epoch)]
+    lines.append(json.dumps({"epoch": epoch, "train": averages, **scores}))
+    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _is_before(line: str, epoch: int) -> bool:
+    """Tell whether a line of ``metrics.jsonl`` is of an earlier epoch, or of an evaluation alone."""
+    try:
+        number = json.loads(line)["epoch"]
+    except (ValueError, KeyError):  # cut short
+        return False
+    return number is None or number < epoch
+
+
+def _open_events(path: Path) -> Any:
+    """Return a TensorBoard writer, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("no TensorBoard events; pip install tensorboard for them")
+        return None
+    return SummaryWriter(log_dir=str(path))
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the suite's own files, with a + where they differ from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        call = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:

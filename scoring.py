@@ -11,7 +11,7 @@ from bootstrap import format_intervals, metric_intervals
 from coco_eval import CocoEvaluator, EvalResult, format_summary
 from data_loading import DeviceLoader
 from detection_dataset import LabelMap
-from engine import evaluate
+from engine import evaluate, validation_loss
 from eval_report import Report, build_report, format_classes
 from predictions import PredictionWriter
 from stopping import StopRequest
@@ -24,6 +24,23 @@ MAX_PRINTED_CLASSES = 30
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What models are scored on.
+
+    Attributes:
+        loader: Of the images, with an `EvalBatchSampler`.
+        evaluator: Of the same images.
+        label_map: What the model's labels mean.
+        loss_loader: Of the same images with targets, for their loss; None leaves the loss out.
+    """
+
+    loader: DeviceLoader
+    evaluator: CocoEvaluator
+    label_map: LabelMap
+    loss_loader: DeviceLoader | None = None
+
+
+@dataclass(frozen=True)
 class Scored:
     """What an evaluation gave.
 
@@ -31,18 +48,18 @@ class Scored:
         result: COCO's figures, on every process.
         report: The rest, on the first process.
         intervals: `bootstrap.metric_intervals`, on every process.
+        losses: Of the images, see `validation_loss`, on every process; empty where not wanted.
     """
 
     result: EvalResult
     report: Report | None
     intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 def score_model(
     model: nn.Module,
-    loader: DeviceLoader,
-    evaluator: CocoEvaluator,
-    label_map: LabelMap,
+    evaluation: Evaluation,
     *,
     stop: StopRequest | None = None,
     predictions_dir: Path | None = None,
@@ -51,15 +68,14 @@ def score_model(
 
     Args:
         model: Bare.
-        loader: Of the images to score.
-        evaluator: Of the same images.
-        label_map: What the model's labels mean.
+        evaluation: On which images.
         stop: Ends the evaluation.
         predictions_dir: Where predictions go, the same on all processes; None writes none.
 
     Returns:
         The figures; None if a process was asked to stop.
     """
+    loader, evaluator, label_map = evaluation.loader, evaluation.evaluator, evaluation.label_map
     writer = None
     if predictions_dir is not None:
         annotations, indices = evaluator.annotations, loader.dataset.indices
@@ -80,4 +96,8 @@ def score_model(
     intervals = broadcast_json(metric_intervals(evaluator, result) if rank() == 0 else None)
     if text := format_intervals(intervals):
         logger.info("%s", text)
-    return Scored(result, report, intervals)
+    losses = {}
+    if evaluation.loss_loader is not None:
+        losses = validation_loss(model, evaluation.loss_loader)
+        logger.info("validation  %s", "  ".join(f"{name}: {value:.4f}" for name, value in losses.items()))
+    return Scored(result, report, intervals, losses)

@@ -16,33 +16,38 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from checkpoint import CheckpointFolder, lock_folder, open_checkpoint, rebuild_model
+from checkpoint import open_checkpoint, rebuild_model
 from coco_eval import CocoEvaluator
-from data_loading import build_train_loader, build_val_loader
+from data_loading import DeviceLoader, build_train_loader, build_val_loader
 from datasets import Data, load_data
 from engine import NonFiniteLossError, Progress
+from execution import compile_backbone, distribute, profile_steps, typical_input, use_channels_last
 from flags import check_args, data_source, get_args_parser, keeps_negatives, log_ineffective_flags, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ARCHITECTURES, ModelSpec
 from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
-from run_folder import append_metrics, choose_output_dir, describe_scores, plain_flags
-from scoring import score_model
+from plan import Plan, rehearse
+from run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
+from scoring import Evaluation, score_model
 from stopping import StopRequest, die_with_parent
-from training import TrainingState, train_epochs
+from training import EpochOptions, TrainingState, train_epochs
 from utils import (
     Distributed,
     check_same_everywhere,
     choose_device,
     init_distributed,
     main_process_first,
+    rank,
     seed_torch,
     setup_logging,
     shut_down_distributed,
 )
+from weight_average import WeightAverage
 from weights import build_start_model
 
 logger = logging.getLogger("train")
@@ -80,18 +85,6 @@ def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
     return distributed
 
 
-def build_evaluator(args: argparse.Namespace, data: Data, spec: ModelSpec) -> CocoEvaluator:
-    """Return the evaluator of the validation images."""
-    return CocoEvaluator(
-        data.val.annotations,
-        spec.iou_types,
-        indices=data.val.indices,
-        sigmas=data.sigmas,
-        oks_area=args.oks_area,
-        max_dets=args.max_dets,
-    )
-
-
 def main(args: argparse.Namespace) -> int:
     """Run what the flags say; returns the exit code."""
     # Processes
@@ -110,50 +103,15 @@ def main(args: argparse.Namespace) -> int:
         check_same_everywhere("data", data.fingerprint())
 
         # Model
-        seed_torch(args.seed, "weights")
-        if checkpoint is not None:
-            model, spec = rebuild_model(checkpoint, wanted_spec(args, data))
-        else:
-            with main_process_first():  # one download per machine
-                model, spec = build_start_model(
-                    wanted_spec(args, data),
-                    weights=args.weights,
-                    weights_backbone=args.weights_backbone,
-                    trainable_layers=args.trainable_backbone_layers,
-                )
-        if args.sync_bn and distributed.world_size > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model.to(device)
+        model, spec = start_model(args, data, checkpoint, distributed)
+        evaluation = build_evaluation(args, data, spec, distributed)
+        if args.test_only:
+            return test(args, model, evaluation)
 
-        # Evaluation
-        val_loader = build_val_loader(data, distributed, batch_size=args.eval_batch_size, workers=args.workers)
-        evaluator = build_evaluator(args, data, spec)
-    if args.test_only:
-        torch.backends.cudnn.deterministic = True
-        given_dir = Path(args.output_dir) if args.output_dir else None
-        predictions_dir = given_dir if args.save_predictions else None
-        scored = score_model(model, val_loader, evaluator, data.label_map, predictions_dir=predictions_dir)
-        if given_dir is not None and scored is not None and distributed.is_main:
-            append_metrics(given_dir, None, {}, describe_scores(scored.result, scored.report, scored.intervals))
-        return 0
-
-    with errors_in_one_line():
-        # Batches
-        train_loader, sampler = build_train_loader(
-            data,
-            spec,
-            distributed,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            seed=args.seed,
-            augmentation=args.data_augmentation,
-            copy_paste=args.use_copypaste,
-            group_factor=args.aspect_ratio_group_factor,
-            keep_negatives=keeps_negatives(args),
-        )
-
-        # Optimizer and schedule
-        learning_rate = build_learning_rate(args, sampler, distributed.world_size)
+        # Optimizer, schedule, batches
+        amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
+        train_loader, sampler = build_batches(args, data, spec, distributed)
+        learning_rate = build_learning_rate(args, sampler)
         optimizer = build_optimizer(
             model,
             args.opt,
@@ -162,54 +120,130 @@ def main(args: argparse.Namespace) -> int:
             weight_decay=args.weight_decay,
             norm_weight_decay=args.norm_weight_decay,
         )
-        amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
-        state = TrainingState(
-            model, spec, optimizer, scaler, data, plain_flags(vars(args)), Progress(epoch=args.start_epoch)
-        )
+        average = WeightAverage(model, args.ema) if args.ema else None
+        state = TrainingState(model, spec, optimizer, scaler, average, data, plain_flags(vars(args)))
+        state.progress = Progress(epoch=args.start_epoch, evaluated=args.start_epoch)
         if checkpoint is not None:
             state.restore(checkpoint)
-        if distributed.world_size > 1:
-            device_ids = [device.index] if device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-        run_dir = output_dir if distributed.is_main else None  # other processes write nothing
-        lock = contextlib.nullcontext() if run_dir is None else lock_folder(run_dir)
+        if args.compile:
+            compile_backbone(model, typical_input(spec, sampler.batch_size, device), amp_dtype)
+        model = distribute(model, device, args.accumulate)
+
+        # Plan
+        plan = Plan(state, train_loader, learning_rate, args.accumulate, output_dir, args.keep_checkpoints)
+        logger.info("%s", plan.describe())
+        plan.check_output()
+        if args.dry_run:
+            logger.info("%s", rehearse(plan, model, amp_dtype))
+            return 0
+        output = None if output_dir is None else RunFolder(output_dir, keep=args.keep_checkpoints)
 
     # Epochs
-    with lock:
+    if output is not None:
+        output.write_args(state.flags)
+    options = EpochOptions(
+        args.epochs, args.eval_every, args.best_metric, args.early_stop, args.checkpoint_every, args.save_predictions
+    )
+    with profile_steps(args.profile if distributed.is_main else 0, output_dir, device) as after_step:
         return train_epochs(
             state,
             model,
             train_loader,
-            val_loader,
-            evaluator,
+            evaluation,
             learning_rate,
             stop,
-            epochs=args.epochs,
-            output_dir=run_dir,
-            folder=None if run_dir is None else CheckpointFolder(run_dir / "weights", keep=args.keep_checkpoints),
-            predictions_dir=output_dir if args.save_predictions else None,
-            checkpoint_every=args.checkpoint_every,
-            eval_every=args.eval_every,
+            options,
+            output,
             seed=args.seed,
             amp_dtype=amp_dtype,
             accumulate=args.accumulate,
             clip_grad_norm=args.clip_grad_norm,
             print_freq=args.print_freq,
             on_nan=args.on_nan,
+            after_step=after_step,
         )
 
 
-def build_learning_rate(args: argparse.Namespace, sampler: GroupedBatchSampler, world_size: int) -> LearningRate:
-    """Return the schedule that the flags ask for, and log what an update is made of."""
-    images = sampler.batch_size * world_size * args.accumulate
-    base = args.lr * images / 16 if args.scale_lr else args.lr
+def start_model(
+    args: argparse.Namespace, data: Data, checkpoint: dict[str, Any] | None, distributed: Distributed
+) -> tuple[nn.Module, ModelSpec]:
+    """Return the model that the run starts from, on its device, and its record."""
+    wanted = wanted_spec(args, data)
+    seed_torch(args.seed, "weights")
+    if checkpoint is not None:
+        model, spec = rebuild_model(checkpoint, wanted, averaged=args.test_only)
+    else:
+        with main_process_first():  # one download per machine
+            model, spec = build_start_model(
+                wanted,
+                weights=args.weights,
+                weights_backbone=args.weights_backbone,
+                trainable_layers=args.trainable_backbone_layers,
+            )
+    if args.sync_bn and distributed.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(distributed.device)
+    if args.channels_last:
+        use_channels_last(model)
+    # Trying out convolution algorithms pays where all batches have one shape, and costs where they do not.
+    torch.backends.cudnn.benchmark = spec.architecture.fixed_size is not None and not (
+        args.test_only or args.use_deterministic_algorithms
+    )
+    return model, spec
+
+
+def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed) -> Evaluation:
+    """Return what models are scored on."""
+    options = {"batch_size": args.eval_batch_size, "workers": args.workers}
+    loss_loader = None
+    if args.val_loss and not args.test_only:
+        loss_loader = build_val_loader(data, distributed, task=spec.architecture.task, **options)
+    evaluator = CocoEvaluator(
+        data.val.annotations,
+        spec.iou_types,
+        indices=data.val.indices,
+        sigmas=data.sigmas,
+        oks_area=args.oks_area,
+        max_dets=args.max_dets,
+    )
+    return Evaluation(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
+
+
+def test(args: argparse.Namespace, model: nn.Module, evaluation: Evaluation) -> int:
+    """Score the model; results are written only where ``--output-dir`` is given."""
+    torch.backends.cudnn.deterministic = True
+    folder = Path(args.output_dir) if args.output_dir else None
+    scored = score_model(model, evaluation, predictions_dir=folder if args.save_predictions else None)
+    if folder is not None and scored is not None and rank() == 0:
+        append_metrics(folder, None, {}, describe_scores(scored))
+    return 0
+
+
+def build_batches(
+    args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed
+) -> tuple[DeviceLoader, GroupedBatchSampler]:
+    """Return the training batches, and which images are in them."""
+    return build_train_loader(
+        data,
+        spec,
+        distributed,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+        augmentation=args.data_augmentation,
+        copy_paste=args.use_copypaste,
+        group_factor=args.aspect_ratio_group_factor,
+        keep_negatives=keeps_negatives(args),
+    )
+
+
+def build_learning_rate(args: argparse.Namespace, sampler: GroupedBatchSampler) -> LearningRate:
+    """Return the schedule that the flags ask for."""
+    base = args.lr
+    if args.scale_lr:
+        base *= sampler.batch_size * sampler.world_size * args.accumulate / 16
     updates = -(-len(sampler) // args.accumulate)
     warmup = default_warmup(updates) if args.warmup_iters is None else args.warmup_iters
-    logger.info(
-        "%d images per update (%d per process, %d process(es), %d step(s)), %d updates per epoch, "
-        "learning rate %g after %d warm-up updates",
-        *(images, sampler.batch_size, world_size, args.accumulate, updates, base, warmup),
-    )
     return LearningRate(base, args.epochs, args.lr_scheduler, args.lr_steps, args.lr_gamma, warmup)
 
 

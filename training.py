@@ -4,24 +4,23 @@ import datetime
 import logging
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from checkpoint import CheckpointFolder
-from coco_eval import CocoEvaluator
 from data_loading import DeviceLoader
 from datasets import Data
 from engine import Progress, train_one_epoch
+from execution import broadcast_buffers
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ModelSpec
 from optimization import LearningRate
-from run_folder import append_metrics, describe_scores, versions
-from scoring import score_model
+from run_folder import RunFolder, describe_scores, versions
+from scoring import Evaluation, score_model
 from stopping import StopRequest
 from utils import world_size
+from weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +34,35 @@ class TrainingState:
         spec: Of the model.
         optimizer: Its optimizer.
         scaler: For float16.
+        average: Of the weights, or None.
         data: What it is trained on.
         flags: The command line as plain values.
         progress: Where the run is.
+        averages: Losses and times of the last epoch.
         metrics: Of the last evaluation, with what they depend on.
+        best: ``metric``, ``value``, ``epoch`` and ``interval`` of the best evaluation; ``since``: how many came after.
     """
 
     model: nn.Module
     spec: ModelSpec
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    average: WeightAverage | None
     data: Data
     flags: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
+    averages: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored_model(self) -> nn.Module:
+        """What is evaluated: the averaged weights where there are any."""
+        return self.model if self.average is None else self.average.model
 
     def content(self) -> dict[str, Any]:
         """Return a checkpoint's content: tensors and plain values."""
-        return {
+        content = {
             "model": self.model.state_dict(),
             "model_spec": self.spec.to_plain(),
             "optimizer": self.optimizer.state_dict(),
@@ -60,107 +70,196 @@ class TrainingState:
             "progress": vars(self.progress).copy(),
             "dataset": self.data.describe(),
             "args": self.flags,
+            "averages": self.averages,
             "metrics": self.metrics,
+            "best": self.best,
             "versions": versions(),
             "world_size": world_size(),
             "num_threads": torch.get_num_threads(),
         }
+        if self.average is not None:
+            content["model_ema"] = self.average.model.state_dict()
+        return content
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up optimizer, scaler and position of a checkpoint; the model is rebuilt from it before."""
+        """Take up optimizer, scaler, average and position of a checkpoint; the model is rebuilt from it before."""
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
+        if self.average is not None and "model_ema" in content:
+            self.average.model.load_state_dict(content["model_ema"])
         self.progress = Progress(**content["progress"])
-        self.metrics = content["metrics"]
+        self.averages = content.get("averages", {})
+        self.metrics, self.best = content["metrics"], content.get("best", {})
+
+    def note_best(self, metric: str) -> bool:
+        """Compare the last evaluation with the best one so far; returns whether it is the best now.
+
+        Args:
+            metric: As kind of score and figure, such as ``bbox/AP``.
+        """
+        kind, name = metric.split("/")
+        value = self.metrics[kind][name]
+        if value is None:  # nothing of the kind in the ground truth
+            return False
+        interval = self.metrics["intervals"].get(kind, {}).get(name)
+        new = {"metric": metric, "value": value, "epoch": self.progress.epoch - 1, "interval": interval, "since": 0}
+        old = self.best if self.best.get("metric") == metric else None
+        is_best = old is None or value > old["value"]
+        self.best = new if is_best else {**self.best, "since": self.best["since"] + 1}
+        logger.info("%s", describe_best(new, old))
+        return is_best
+
+
+def describe_best(new: dict[str, Any], old: dict[str, Any] | None) -> str:
+    """Return one line on the best evaluation so far, and whether the difference means anything.
+
+    Args:
+        new: ``metric``, ``value``, ``epoch`` and ``interval`` of the last evaluation.
+        old: The same of the best one before it.
+    """
+    if old is None:
+        return f"best so far: {new['metric']} {new['value']:.4f}"
+    best, other = (new, old) if new["value"] > old["value"] else (old, new)
+    text = f"best so far: {best['metric']} {best['value']:.4f} of epoch {best['epoch']}"
+    text += f", against {other['value']:.4f} of epoch {other['epoch']}"
+    if best["interval"] and best["interval"][0] <= other["value"] <= best["interval"][1]:
+        low, high = best["interval"]
+        text += f"; the difference is within its interval over images, {low:.4f} to {high:.4f}"
+    return text
+
+
+@dataclass(frozen=True)
+class EpochOptions:
+    """How the epochs of a run go.
+
+    Attributes:
+        epochs: Number of the epoch to stop before.
+        eval_every: Epochs between evaluations, the last one always; 0 for none.
+        best_metric: What "best" means, see `TrainingState.note_best`.
+        early_stop: End after so many evaluations without a better one; 0 for never.
+        checkpoint_every: Updates between checkpoints inside an epoch; None for none.
+        save_predictions: Write detections on the validation images.
+    """
+
+    epochs: int
+    eval_every: int = 1
+    best_metric: str = "bbox/AP"
+    early_stop: int = 0
+    checkpoint_every: int | None = None
+    save_predictions: bool = False
+
+    def wants_evaluation(self, progress: Progress) -> bool:
+        """Return whether the epochs done so far are to be scored now."""
+        is_due = self.eval_every > 0 and (progress.epoch % self.eval_every == 0 or progress.epoch == self.epochs)
+        return is_due and progress.batches == 0 and progress.epoch > progress.evaluated
 
 
 def train_epochs(
     state: TrainingState,
     model: nn.Module,
     train_loader: DeviceLoader,
-    val_loader: DeviceLoader,
-    evaluator: CocoEvaluator,
+    evaluation: Evaluation,
     learning_rate: LearningRate,
     stop: StopRequest,
-    *,
-    epochs: int,
-    output_dir: Path | None = None,
-    folder: CheckpointFolder | None = None,
-    predictions_dir: Path | None = None,
-    checkpoint_every: int | None = None,
-    eval_every: int = 1,
+    options: EpochOptions,
+    output: RunFolder | None = None,
     **step_options: Any,
 ) -> int:
     """Train to the last epoch, with checkpoints and evaluations on the way.
+
+    An epoch counts as evaluated only when its scores are in a checkpoint: an evaluation that was cut short is made up
+    for after the resume.
 
     Args:
         state: Moved forward.
         model: ``state.model``, in DDP where there are several processes.
         train_loader: With a `GroupedBatchSampler`.
-        val_loader: With an `EvalBatchSampler`.
-        evaluator: Of the validation images.
+        evaluation: What the model is scored on.
         learning_rate: Of every update.
         stop: This process's wish to stop.
-        epochs: Number of the epoch to stop before.
-        output_dir: Where metrics go; None on all processes but the first, or where nothing is saved.
-        folder: Where checkpoints go; likewise.
-        predictions_dir: Where detections on the validation images go, on all processes; None writes none.
-        checkpoint_every: Updates between checkpoints inside an epoch.
-        eval_every: Epochs between evaluations, the last one always; 0 for none.
+        options: How the epochs go.
+        output: Where results and checkpoints go; None saves nothing.
         **step_options: For `train_one_epoch`.
 
     Returns:
         The exit code.
     """
-    sampler, progress = train_loader.batch_sampler, state.progress
-    assert isinstance(sampler, GroupedBatchSampler)
+    progress = state.progress
+    started = time.time()
+    while True:
+        if options.wants_evaluation(progress):
+            if not evaluate_epoch(state, evaluation, stop, options, output):
+                logger.info("asked to stop during the evaluation after epoch %d", progress.epoch - 1)
+                return 0
+            if options.early_stop and state.best.get("since", 0) >= options.early_stop:
+                logger.info("no better evaluation in the last %d: stopping early", options.early_stop)
+                break
+        if progress.epoch >= options.epochs:
+            break
+        if not train_epoch(state, model, train_loader, learning_rate, stop, options, output, **step_options):
+            logger.info("asked to stop: saved epoch %d, update %d", progress.epoch, progress.updates)
+            return 0
+    logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
+    return 1 if output is not None and output.last_save_failed else 0
 
-    def save(epoch_done: int | None = None) -> None:
-        if folder is not None:
-            folder.save(state.content(), epoch_done=epoch_done)
+
+def train_epoch(
+    state: TrainingState,
+    model: nn.Module,
+    train_loader: DeviceLoader,
+    learning_rate: LearningRate,
+    stop: StopRequest,
+    options: EpochOptions,
+    output: RunFolder | None,
+    **step_options: Any,
+) -> bool:
+    """Train to the end of the epoch and save; returns False if someone asked to stop before."""
+    progress = state.progress
+    sampler = train_loader.batch_sampler
+    assert isinstance(sampler, GroupedBatchSampler)
+    sampler.set_epoch(progress.epoch, progress.batches)
 
     def after_update() -> None:
-        if checkpoint_every and progress.updates % checkpoint_every == 0:
-            save()
+        if state.average is not None:
+            state.average.update(state.model, progress.updates)
+        if output is not None and options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
+            output.save(state.content())
 
-    started = time.time()
-    while progress.epoch < epochs:
-        epoch = progress.epoch
-        sampler.set_epoch(epoch, progress.batches)
-        averages = train_one_epoch(
-            model,
-            state.optimizer,
-            train_loader,
-            progress=progress,
-            learning_rate=learning_rate,
-            stop=stop,
-            scaler=state.scaler,
-            after_update=after_update,
-            debug_folder=output_dir,
-            **step_options,
-        )
-        if progress.batches < sampler.num_batches:
-            save()
-            logger.info("asked to stop: saved epoch %d, update %d", epoch, progress.updates)
-            return 0
-        progress.epoch, progress.batches = epoch + 1, 0
-        save(epoch_done=epoch)
-        if eval_every and ((epoch + 1) % eval_every == 0 or epoch + 1 == epochs):
-            scored = score_model(
-                state.model,
-                val_loader,
-                evaluator,
-                state.data.label_map,
-                stop=stop,
-                predictions_dir=predictions_dir,
-            )
-            if scored is None:
-                logger.info("asked to stop during the evaluation after epoch %d", epoch)
-                return 0
-            state.metrics = describe_scores(scored.result, scored.report, scored.intervals)
-            if output_dir is not None:
-                append_metrics(output_dir, epoch, averages, state.metrics)
-            save(epoch_done=epoch)
-    logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
-    return 1 if folder is not None and folder.last_save_failed else 0
+    state.averages = train_one_epoch(
+        model,
+        state.optimizer,
+        train_loader,
+        progress=progress,
+        learning_rate=learning_rate,
+        stop=stop,
+        scaler=state.scaler,
+        after_update=after_update,
+        debug_folder=None if output is None else output.path,
+        **step_options,
+    )
+    is_whole = progress.batches == sampler.num_batches
+    if is_whole:
+        progress.epoch, progress.batches = progress.epoch + 1, 0
+    if output is not None:
+        output.save(state.content(), epoch_done=progress.epoch - 1 if is_whole else None)
+    return is_whole
+
+
+def evaluate_epoch(
+    state: TrainingState, evaluation: Evaluation, stop: StopRequest, options: EpochOptions, output: RunFolder | None
+) -> bool:
+    """Score the epochs done so far, note the figures and save; returns False if someone asked to stop meanwhile."""
+    progress, model = state.progress, state.scored_model
+    broadcast_buffers(model)
+    predictions_dir = output.path if output is not None and options.save_predictions else None
+    scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
+    if scored is None:
+        return False
+    state.metrics = describe_scores(scored)
+    is_best = state.note_best(options.best_metric)
+    progress.evaluated = progress.epoch
+    if output is not None:
+        output.add_epoch(progress.epoch - 1, state.averages, state.metrics)
+        output.save(state.content(), epoch_done=progress.epoch - 1, is_best=is_best)
+    return True

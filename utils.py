@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,20 @@ class Distributed:
         return self.rank == 0
 
 
+class _LinesAboveBars(logging.StreamHandler):
+    """Writes lines above a progress bar, if there is one, and as they are otherwise."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def setup_logging(is_main: bool) -> None:
     """Send INFO (other ranks: warnings) to stdout, one plain line per message."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _LinesAboveBars(sys.stdout)
     prefix = "" if is_main else f"[rank {os.environ.get('RANK', '?')}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, handlers=[handler], force=True)
@@ -257,6 +270,13 @@ def derive_seed(*parts: int | str) -> int:
 def seed_torch(*parts: int | str) -> None:
     """Seed torch's generators of all devices from ``parts``."""
     torch.manual_seed(derive_seed(*parts))
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Return the most memory this process has held: of the GPU's allocator on CUDA, else resident, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def sha256_of_file(path: str | Path) -> str:

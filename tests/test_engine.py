@@ -6,9 +6,9 @@ import torch
 from ranks import run_on_ranks
 from torch import nn
 
-from engine import NonFiniteLossError, Progress, evaluate, train_one_epoch, update_parameters
+from engine import NonFiniteLossError, Progress, evaluate, train_one_epoch
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
-from optimization import LearningRate, build_optimizer
+from optimization import LearningRate, build_optimizer, update_parameters
 from stopping import StopRequest
 
 CPU = torch.device("cpu")
