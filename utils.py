@@ -13,6 +13,8 @@ import os
 import re
 import resource
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 # How long a rank waits for the others. Evaluation on rank 0 may take minutes; a hang must still end.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+# How long the processes wait for each other at the start.
+START_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,36 @@ def _fill_in_slurm_address() -> None:
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
 
 
+def _name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """Return a name that the living processes of this attempt share, and none of an earlier one has used.
+
+    The launcher's store outlives the processes, and a machine that was brought back counts fewer restarts than the
+    others, so counting does not name an attempt. Every process leaves a token of its own; process 0 calls the roll of
+    tokens, its own first, until all processes have found theirs in it and answered.
+    """
+    token = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"token/{rank}", token)
+        while True:
+            roll = store.get("roll").decode().split()
+            if roll[rank] == token:
+                store.set(f"here/{roll[0]}/{token}", "")
+                return roll[0]
+            time.sleep(0.02)
+    while True:
+        tokens = [data.decode() for data in store.multi_get([f"token/{r}" for r in range(1, world_size)])]
+        store.set("roll", " ".join([token, *tokens]))
+        if store.check([f"here/{token}/{other}" for other in tokens]):
+            return token
+        time.sleep(0.02)
+
+
 def init_distributed(device: torch.device, dist_url: str = "env://") -> Distributed:
     """Join the process group that torchrun or SLURM describes; do nothing in a single process.
 
     NCCL carries CUDA tensors and gloo CPU tensors in one group. A torchrun restart reuses the address of the
     attempt before it, where dead ranks have left their entries: every attempt gets its own store prefix
-    (https://github.com/pytorch/pytorch/issues/167288).
+    (https://github.com/pytorch/pytorch/issues/167288), see `_name_attempt`.
 
     Args:
         device: ``cuda`` without an index means the device with this process's local rank.
@@ -143,17 +173,16 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> Distribu
     if dist_url == "env://":
         if "RANK" not in os.environ:
             _fill_in_slurm_address()
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             world_size,
             is_master=rank == 0 and not agent_serves,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=START_TIMEOUT,
             multi_tenant=True,
         )
-        options["store"] = dist.PrefixStore(f"attempt_{attempt}", store)
+        options["store"] = dist.PrefixStore(_name_attempt(store, rank, world_size), store)
     else:
         options["init_method"] = dist_url
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
