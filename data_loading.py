@@ -14,6 +14,8 @@ from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describ
 from models import ModelSpec
 from packing import PackedBatch, Targets, collate_fn, unpack
 from presets import RESIZING_PRESETS, build_transforms
+from safeguards import HangWatch, check_shared_memory
+from stopping import leave_stopping_to_parent
 from utils import Distributed
 
 logger = logging.getLogger(__name__)
@@ -66,15 +68,25 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]:
         """Yield batches on the device."""
         if self.device.type != "cuda":
-            for batch in self.loader:
+            for batch in self._watched():
                 yield unpack(batch, self.device)
             return
         stream = torch.cuda.Stream(self.device)
-        for batch in self.loader:
+        for batch in self._watched():
             with torch.cuda.stream(stream):  # runs beside what the previous step has left in the queue
                 images, targets = unpack(batch, self.device)
             torch.cuda.current_stream().wait_stream(stream)
             yield self._hand_over(images, targets)
+
+    def _watched(self) -> Iterator[PackedBatch]:
+        """Yield packed batches; a process that does not come back for the next one prints its stacks."""
+        watch = HangWatch()
+        try:
+            for batch in self.loader:
+                watch.alive()
+                yield batch
+        finally:
+            watch.end()
 
     def _hand_over(self, images: list[Tensor], targets: Targets) -> tuple[list[Tensor], Targets]:
         """Tell the allocator that tensors made on the copy stream are now used on the current one."""
@@ -90,6 +102,7 @@ class DeviceLoader:
 
 def _start_worker(worker_id: int) -> None:
     """One thread per worker: there are as many workers as the user wants threads."""
+    leave_stopping_to_parent()
     torch.set_num_threads(1)
 
 
@@ -158,6 +171,7 @@ def build_train_loader(
         world_size=distributed.world_size,
     )
     logger.info(describe_groups(sampler.groups, group_factor))
+    check_shared_memory(3 * sampler.batch_size * int((dataset.heights.astype(int) * dataset.widths).max()), workers)
     collate = CopyPaste(seed) if copy_paste else collate_fn
     loader = DeviceLoader(dataset, sampler, workers=workers, device=distributed.device, collate=collate)
     return loader, sampler

@@ -5,8 +5,10 @@ r + 2 W, ...; a run that goes on with another W picks the list up where it stopp
 a sample.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -84,6 +86,7 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
                 "start fewer processes or add images"
             )
         self.ratios = (np.asarray(widths) / np.asarray(heights)).astype(np.float32)
+        self.group_factor = group_factor
         self.groups = group_by_aspect_ratio(heights, widths, group_factor)
         self.sorts = group_factor >= 0
         self.batch_size = min(batch_size, num_images // world_size)
@@ -95,6 +98,12 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.num_batches = num_images // self.batch_size
         self.set_epoch(0)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the order of the batches follows from, as plain values; processes do not matter."""
+        shapes = hashlib.sha256(self.ratios.tobytes()).hexdigest()[:16]
+        sizes = {"training images": len(self.ratios), "batch size": self.batch_size, "seed": self.seed}
+        return {**sizes, "groups": self.group_factor, "shapes of the images": shapes}
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and how many batches of its global list are done already."""

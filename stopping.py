@@ -1,4 +1,4 @@
-"""Being asked to stop: signals, and the end of the launcher."""
+"""Being asked to stop: signals, the agreement of all processes on it, and the end of the launcher."""
 
 import ctypes
 import logging
@@ -6,6 +6,10 @@ import os
 import signal
 import sys
 from types import FrameType
+
+import torch
+
+from utils import all_reduce_max
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +37,34 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
+    def remove(self) -> None:
+        """Let signals end this process at once again."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             os._exit(130)
         self.signal_name = signal.Signals(number).name
+
+
+def agree_to_stop(stop: StopRequest) -> bool:
+    """Return whether any process was asked to stop; all processes must call it."""
+    return bool(all_reduce_max(torch.tensor([float(bool(stop))])))
+
+
+def leave_stopping_to_parent() -> None:
+    """Make a loading process outlive the signals that a scheduler sends to all processes of a job.
+
+    The process that it loads for needs it until the checkpoint is written, and ends it then. A second SIGTERM ends it:
+    that is how multiprocessing removes one that is stuck.
+    """
+
+    def end_next_time(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_next_time if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def die_with_parent() -> None:

@@ -1,0 +1,111 @@
+"""What the machine allows a run, looked at when it starts, and what its refusals mean in one line.
+
+Open files, shared memory, stuck processes. Nothing here decides whether a run goes on.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+# More open files than this help nobody, and some container limits are a billion.
+MAX_OPEN_FILES = 1 << 20
+
+# A process that gets no further for so long prints its stacks: shortly before the others give up waiting for it.
+HANG_SECONDS = 28 * 60
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def prepare_process() -> None:
+    """Raise the limit of open files, and print the stacks of all threads on a crash and on SIGUSR2."""
+    stderr = sys.__stderr__ or sys.stderr
+    faulthandler.enable(stderr)
+    faulthandler.register(signal.SIGUSR2, file=stderr)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class HangWatch:
+    """Prints all stacks when `alive` has not been called for `HANG_SECONDS`, so that a hang can be understood."""
+
+    def __init__(self) -> None:
+        self.armed_at = -1.0
+
+    def alive(self) -> None:
+        """Say that there is progress; cheap enough for every step."""
+        now = time.monotonic()
+        if self.armed_at < 0 or now - self.armed_at > 1:  # arming starts a thread
+            faulthandler.dump_traceback_later(HANG_SECONDS, file=sys.__stderr__ or sys.stderr)
+            self.armed_at = now
+
+    def end(self) -> None:
+        """Stop watching."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Warn when the batches that loading processes hold ready may not fit into shared memory.
+
+    Args:
+        batch_bytes: Of the largest batch.
+        workers: Loading processes of this process; each holds two batches ready.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, 2 * workers * batch_bytes
+    if needed > free:
+        logger.warning(
+            "%s has %d MB free, %d loading processes may need %d MB and would then stand still; lower --workers or "
+            "--batch-size, or give the container more (docker run --shm-size=8g or --ipc=host)",
+            *(SHARED_MEMORY, free >> 20, workers, needed >> 20),
+        )
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """Return one line that says what a failure of the machine means and what to try; None for any other error."""
+    text = str(error)
+    lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "BadImageError" in lines[-1]:  # raised in a loading process, which sends its traceback as the text
+        return f"{lines[-1].partition('BadImageError: ')[2]}; replace the file"
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
+        return (
+            f"a loading process has died ({lines[0]}), most often because memory or {SHARED_MEMORY} ran out "
+            f"({_free_shared_memory()}); lower --workers or --batch-size, and continue with --resume auto"
+        )
+    if "DataLoader timed out" in text:
+        return (
+            f"{lines[0]}: a disk that does not answer, or a full {SHARED_MEMORY} ({_free_shared_memory()}; docker "
+            "run --shm-size=8g); --workers 0 shows which, and --resume auto continues"
+        )
+    if "ancdata" in text or "Too many open files" in text:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files (limit {soft}, at most {hard}); raise it with ulimit -n, or lower --workers"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{lines[0]} Lower --batch-size or --min-size, or train with --amp; --resume auto continues"
+    if isinstance(error, dist.DistError) or "gloo" in text or "onnection closed by peer" in text:
+        return (
+            f"another process of this run has ended or does not answer ({lines[0]}); its own message says why. "
+            "The same command with --resume auto continues from the last checkpoint"
+        )
+    return None
+
+
+def _free_shared_memory() -> str:
+    try:
+        return f"{shutil.disk_usage(SHARED_MEMORY).free >> 20} MB free"
+    except OSError:
+        return "missing"
