@@ -23,7 +23,7 @@ from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from optimization import LearningRate, update_parameters
 from packing import Targets
 from progress import EpochLog, progress_bar
-from stopping import StopRequest
+from stopping import StopRequest, agree_to_stop
 from utils import all_reduce_max, broadcast_json, gather_bytes, rank, seed_torch
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Progress:
         epoch: Current epoch, from 0.
         batches: Batches of the epoch's global list that are done.
         updates: Optimizer updates since the start of the run.
-        evaluated: As ``epoch``, when the run was last evaluated.
+        to_score: Whether the evaluation after the epoch before is still to be done.
     """
 
     epoch: int = 0
     batches: int = 0
     updates: int = 0
-    evaluated: int = 0
+    to_score: bool = False
 
 
 @dataclass
@@ -152,8 +152,8 @@ def train_one_epoch(
     clip_grad_norm: float | None = None,
     print_freq: int = 20,
     on_nan: str = "stop",
-    after_step: Callable[[], None] = lambda: None,
     after_update: Callable[[], None] = lambda: None,
+    on_losses: Callable[[Progress, Tensor], None] = lambda progress, losses: None,
     debug_folder: Path | None = None,
 ) -> dict[str, float]:
     """Train from ``progress`` to the end of its epoch, or until a rank is asked to stop.
@@ -173,8 +173,8 @@ def train_one_epoch(
         clip_grad_norm: Largest norm of the gradient.
         print_freq: Steps between log lines.
         on_nan: ``stop`` raises `NonFiniteLossError`, ``skip`` leaves the update out and goes on.
-        after_step: Called after every step, for the profiler.
         after_update: Called after every update, for checkpoints.
+        on_losses: Called in every step, with the position before it and its losses, float32 [terms].
         debug_folder: Where a batch with a non-finite loss is saved.
 
     Returns:
@@ -203,6 +203,7 @@ def train_one_epoch(
 
         losses = torch.stack([term.detach().float() for term in loss_dict.values()])
         record = StepRecord(progress.epoch, step, lr, list(loss_dict), losses, images, targets)
+        on_losses(progress, losses)
         bad_now = guard.agree(record)
         bad = bad_now if bad is None else torch.maximum(bad, bad_now)
         log.step(record.names, losses, lr=lr, num_images=len(images), wait=wait)
@@ -212,7 +213,6 @@ def train_one_epoch(
             progress.updates += 1
             progress.batches = sampler.done_after(step + 1)
         guard.look(is_last=step + 1 == len(sampler))
-        after_step()
         if is_update:
             after_update()
             if guard.stopping:
@@ -291,8 +291,8 @@ def evaluate(
                 on_batch(image_ids, detections)
                 bar.update()
                 # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
-                polls = stop is not None and (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
-                if polls and bool(all_reduce_max(torch.tensor([float(bool(stop))]))):
+                polls = (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
+                if stop is not None and polls and agree_to_stop(stop):
                     return None
                 if (step + 1) % print_freq == 0 or step + 1 == len(loader):
                     seconds = time.perf_counter() - start

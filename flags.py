@@ -148,6 +148,14 @@ def _add_checkpoints_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--checkpoint-every", type=int, metavar="N", help="also save every N updates")
     group.add_argument("--resume", default="", help="checkpoint to continue; auto: the newest one in --output-dir")
+    group.add_argument(
+        "--verify-resume",
+        type=int,
+        nargs="?",
+        const=6,
+        metavar="UPDATES",
+        help="train so many updates (6) with and without an interruption, compare the results, and end",
+    )
     group.add_argument("--start-epoch", "--start_epoch", default=0, type=int, metavar="N", help="first epoch")
     group.add_argument("--print-freq", default=20, type=int, metavar="N", help="steps between log lines")
 
@@ -191,6 +199,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if args.verify_resume is not None and args.verify_resume < 2:
+        parser.error(f"--verify-resume {args.verify_resume}: must be at least 2")
+    if args.verify_resume and (args.test_only or args.resume == "auto"):
+        parser.error("--verify-resume trains: it goes with --resume FILE or without, not with --test-only or auto")
     for name in ("checkpoint_every", "warmup_iters", "max_dets", "clip_grad_norm"):
         value = getattr(args, name)
         if value is not None and value < (0 if name == "warmup_iters" else 1e-12):

@@ -10,16 +10,15 @@ Only evaluate:
 
 import argparse
 import contextlib
-import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoint import open_checkpoint, rebuild_model
 from coco_eval import CocoEvaluator
@@ -32,7 +31,9 @@ from group_by_aspect_ratio import GroupedBatchSampler
 from models import ARCHITECTURES, ModelSpec
 from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
 from plan import Plan, rehearse
+from resume_check import Probe, check_resume
 from run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
+from safeguards import explain_failure, prepare_process
 from scoring import Evaluation, score_model
 from stopping import StopRequest, die_with_parent
 from training import EpochOptions, TrainingState, train_epochs
@@ -70,7 +71,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
     """Join the other processes and set up signals, log and determinism."""
-    faulthandler.enable(sys.__stderr__ or sys.stderr)
+    prepare_process()
     stop.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -85,11 +86,20 @@ def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
     return distributed
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run what the flags say; returns the exit code."""
-    # Processes
-    stop = StopRequest()
-    distributed = start_process(args, stop)
+def main(
+    args: argparse.Namespace,
+    distributed: Distributed,
+    stop: StopRequest,
+    on_losses: Callable[[Progress, Tensor], None] = lambda progress, losses: None,
+) -> int:
+    """Run what the flags say; returns the exit code.
+
+    Args:
+        args: The flags.
+        distributed: This process.
+        stop: Its wish to stop.
+        on_losses: Called in every step, see `train_one_epoch`.
+    """
     device = distributed.device
 
     with errors_in_one_line():
@@ -106,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
         model, spec = start_model(args, data, checkpoint, distributed)
         evaluation = build_evaluation(args, data, spec, distributed)
         if args.test_only:
-            return test(args, model, evaluation)
+            return test(args, model, evaluation, stop)
 
         # Optimizer, schedule, batches
         amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
@@ -121,8 +131,8 @@ def main(args: argparse.Namespace) -> int:
             norm_weight_decay=args.norm_weight_decay,
         )
         average = WeightAverage(model, args.ema) if args.ema else None
-        state = TrainingState(model, spec, optimizer, scaler, average, data, plain_flags(vars(args)))
-        state.progress = Progress(epoch=args.start_epoch, evaluated=args.start_epoch)
+        flags, start = plain_flags(vars(args)), Progress(epoch=args.start_epoch)
+        state = TrainingState(model, spec, optimizer, scaler, average, data, flags, sampler.describe(), start)
         if checkpoint is not None:
             state.restore(checkpoint)
         if args.compile:
@@ -144,7 +154,12 @@ def main(args: argparse.Namespace) -> int:
     options = EpochOptions(
         args.epochs, args.eval_every, args.best_metric, args.early_stop, args.checkpoint_every, args.save_predictions
     )
-    with profile_steps(args.profile if distributed.is_main else 0, output_dir, device) as after_step:
+    with profile_steps(args.profile if distributed.is_main else 0, output_dir, device) as end_step:
+
+        def note_step(progress: Progress, losses: Tensor) -> None:
+            on_losses(progress, losses)
+            end_step()
+
         return train_epochs(
             state,
             model,
@@ -160,7 +175,7 @@ def main(args: argparse.Namespace) -> int:
             clip_grad_norm=args.clip_grad_norm,
             print_freq=args.print_freq,
             on_nan=args.on_nan,
-            after_step=after_step,
+            on_losses=note_step,
         )
 
 
@@ -209,11 +224,11 @@ def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
     return Evaluation(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
 
 
-def test(args: argparse.Namespace, model: nn.Module, evaluation: Evaluation) -> int:
+def test(args: argparse.Namespace, model: nn.Module, evaluation: Evaluation, stop: StopRequest) -> int:
     """Score the model; results are written only where ``--output-dir`` is given."""
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
-    scored = score_model(model, evaluation, predictions_dir=folder if args.save_predictions else None)
+    scored = score_model(model, evaluation, stop=stop, predictions_dir=folder if args.save_predictions else None)
     if folder is not None and scored is not None and rank() == 0:
         append_metrics(folder, None, {}, describe_scores(scored))
     return 0
@@ -247,22 +262,55 @@ def build_learning_rate(args: argparse.Namespace, sampler: GroupedBatchSampler) 
     return LearningRate(base, args.epochs, args.lr_scheduler, args.lr_steps, args.lr_gamma, warmup)
 
 
+def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: StopRequest) -> int:
+    """Prove on the user's own data and flags that resuming changes nothing; returns 0 if so, else 1."""
+    stop.remove()  # there is nothing to save
+
+    def train(output_dir: str, resume: str, probe: Probe) -> int:
+        changes = {"output_dir": output_dir, "resume": resume, "eval_every": 0, "dry_run": False}
+        return main(argparse.Namespace(**{**vars(args), **changes}), distributed, probe, probe.note)
+
+    with errors_in_one_line():
+        same = check_resume(train, args.resume, args.verify_resume)
+    logger.info("equal" if same else "NOT equal: do not rely on resuming with these flags")
+    if not same and distributed.device.type == "cuda" and not args.use_deterministic_algorithms:
+        logger.info("GPU kernels may add in another order each time: --use-deterministic-algorithms rules that out")
+    return 0 if same else 1
+
+
 def run(argv: list[str] | None = None) -> int:
     """Parse flags, run `main`, and turn expected errors into one line and an exit code."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(parser, args)
+    stop = StopRequest()
     try:
-        return main(args)
+        distributed = start_process(args, stop)
+        return (verify_resume if args.verify_resume else main)(args, distributed, stop)
     except NonFiniteLossError as error:
         logger.error("%s", error)
         return EXIT_BAD_LOSS
     except SetUpError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        explained = explain_failure(error)
+        if explained is None:
+            raise
+        print(f"{parser.prog}: error: {explained}", file=sys.stderr)
+        return 1
     finally:
         shut_down_distributed()
 
 
+def end_process(code: int) -> None:
+    """Leave with an exit code; after a failure at once, since Python would wait for a loading process that is stuck."""
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    end_process(run())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from checkpoint import CheckpointError
 from data_loading import DeviceLoader
 from datasets import Data
 from engine import Progress, train_one_epoch
@@ -18,11 +19,14 @@ from models import ModelSpec
 from optimization import LearningRate
 from run_folder import RunFolder, describe_scores, versions
 from scoring import Evaluation, score_model
-from stopping import StopRequest
+from stopping import StopRequest, agree_to_stop
 from utils import world_size
 from weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
+
+# Flags that change how a step computes.
+_NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_last", "compile")
 
 
 @dataclass
@@ -37,6 +41,7 @@ class TrainingState:
         average: Of the weights, or None.
         data: What it is trained on.
         flags: The command line as plain values.
+        order: What the order of the batches follows from, see `GroupedBatchSampler.describe`.
         progress: Where the run is.
         averages: Losses and times of the last epoch.
         metrics: Of the last evaluation, with what they depend on.
@@ -50,6 +55,7 @@ class TrainingState:
     average: WeightAverage | None
     data: Data
     flags: dict[str, Any]
+    order: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
     averages: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -70,19 +76,27 @@ class TrainingState:
             "progress": vars(self.progress).copy(),
             "dataset": self.data.describe(),
             "args": self.flags,
+            "order": self.order,
             "averages": self.averages,
             "metrics": self.metrics,
             "best": self.best,
             "versions": versions(),
             "world_size": world_size(),
             "num_threads": torch.get_num_threads(),
+            "device": next(self.model.parameters()).device.type,
         }
         if self.average is not None:
             content["model_ema"] = self.average.model.state_dict()
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up optimizer, scaler, average and position of a checkpoint; the model is rebuilt from it before."""
+        """Take up optimizer, scaler, average and position of a checkpoint; the model is rebuilt from it before.
+
+        Raises:
+            CheckpointError: The checkpoint stands inside an epoch whose batches would now be others.
+        """
+        self._check_order(content)
+        self._log_changes(content)
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
@@ -91,6 +105,38 @@ class TrainingState:
         self.progress = Progress(**content["progress"])
         self.averages = content.get("averages", {})
         self.metrics, self.best = content["metrics"], content.get("best", {})
+
+    def _check_order(self, content: dict[str, Any]) -> None:
+        """Refuse to go on inside an epoch whose list of batches is another one."""
+        order, batches = content.get("order", {}), content["progress"]["batches"]
+        others = [f"{name} {order[name]}, now {now}" for name, now in self.order.items() if order.get(name, now) != now]
+        if batches and others:
+            raise CheckpointError(
+                f"the checkpoint stands after batch {batches} of epoch {content['progress']['epoch']}, and the rest of "
+                f"the epoch would be made of other batches ({'; '.join(others)}): samples would be lost or repeated. "
+                "Give the same flags and data, or continue from the end of an epoch (weights/model_N.pth)"
+            )
+
+    def _log_changes(self, content: dict[str, Any]) -> None:
+        """Say in one line what may change the last digits from here on."""
+        now, before = self.content(), content
+        pairs = {
+            "processes": (before["world_size"], now["world_size"]),
+            "threads": (before["num_threads"], now["num_threads"]),
+            "device": (before.get("device", now["device"]), now["device"]),
+            **{name: (before["versions"].get(name), version) for name, version in now["versions"].items()},
+            **{
+                f"--{flag.replace('_', '-')}": (before["args"].get(flag), self.flags.get(flag))
+                for flag in _NUMERIC_FLAGS
+            },
+        }
+        changes = [f"{name} {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+        if changes:
+            logger.warning(
+                "continuing with other settings (%s): no sample is lost or repeated, but losses and weights may differ "
+                "in their last digits from those of an uninterrupted run",
+                "; ".join(changes),
+            )
 
     def note_best(self, metric: str) -> bool:
         """Compare the last evaluation with the best one so far; returns whether it is the best now.
@@ -149,10 +195,9 @@ class EpochOptions:
     checkpoint_every: int | None = None
     save_predictions: bool = False
 
-    def wants_evaluation(self, progress: Progress) -> bool:
-        """Return whether the epochs done so far are to be scored now."""
-        is_due = self.eval_every > 0 and (progress.epoch % self.eval_every == 0 or progress.epoch == self.epochs)
-        return is_due and progress.batches == 0 and progress.epoch > progress.evaluated
+    def wants_evaluation(self, done: int) -> bool:
+        """Return whether the model is to be scored after ``done`` epochs."""
+        return self.eval_every > 0 and (done % self.eval_every == 0 or done == self.epochs)
 
 
 def train_epochs(
@@ -187,21 +232,27 @@ def train_epochs(
     """
     progress = state.progress
     started = time.time()
+
+    def leave(why: str) -> int:
+        failed = output is not None and output.last_save_failed
+        logger.info("asked to stop: %s%s", why, ", NOT saved" if failed else "")
+        return int(failed)
+
     while True:
-        if options.wants_evaluation(progress):
+        if agree_to_stop(stop):
+            return leave(f"before epoch {progress.epoch}")
+        if progress.to_score:
             if not evaluate_epoch(state, evaluation, stop, options, output):
-                logger.info("asked to stop during the evaluation after epoch %d", progress.epoch - 1)
-                return 0
+                return leave(f"in the evaluation after epoch {progress.epoch - 1}, which starts again when continued")
             if options.early_stop and state.best.get("since", 0) >= options.early_stop:
                 logger.info("no better evaluation in the last %d: stopping early", options.early_stop)
                 break
         if progress.epoch >= options.epochs:
             break
         if not train_epoch(state, model, train_loader, learning_rate, stop, options, output, **step_options):
-            logger.info("asked to stop: saved epoch %d, update %d", progress.epoch, progress.updates)
-            return 0
+            return leave(f"saved epoch {progress.epoch}, update {progress.updates}")
     logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
-    return 1 if output is not None and output.last_save_failed else 0
+    return int(output is not None and output.last_save_failed)
 
 
 def train_epoch(
@@ -241,6 +292,7 @@ def train_epoch(
     is_whole = progress.batches == sampler.num_batches
     if is_whole:
         progress.epoch, progress.batches = progress.epoch + 1, 0
+        progress.to_score = options.wants_evaluation(progress.epoch)
     if output is not None:
         output.save(state.content(), epoch_done=progress.epoch - 1 if is_whole else None)
     return is_whole
@@ -258,7 +310,7 @@ def evaluate_epoch(
         return False
     state.metrics = describe_scores(scored)
     is_best = state.note_best(options.best_metric)
-    progress.evaluated = progress.epoch
+    progress.to_score = False
     if output is not None:
         output.add_epoch(progress.epoch - 1, state.averages, state.metrics)
         output.save(state.content(), epoch_done=progress.epoch - 1, is_best=is_best)

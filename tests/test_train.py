@@ -162,7 +162,7 @@ def test_resuming_takes_up_epoch_optimizer_and_rate(drawn_coco, tmp_path):
     train_once(drawn_coco, parts, *flags[:-1], "1")
     train_once(drawn_coco, parts, *flags, "--resume", parts / "weights" / "checkpoint.pth")
     a, b = (torch.load(p / "weights" / "checkpoint.pth", weights_only=True) for p in (whole, parts))
-    assert a["progress"] == b["progress"] == {"epoch": 2, "batches": 0, "updates": 4}
+    assert a["progress"] == b["progress"] == {"epoch": 2, "batches": 0, "updates": 4, "to_score": False}
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert [line["bbox"] for line in lines(whole)] == [line["bbox"] for line in lines(parts)]
 
