@@ -133,7 +133,7 @@ def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_c
     assert line["epoch"] == 0 and set(line["bbox"]) >= {"AP", "AP50", "AR"} and line["train"]["loss"] > 0
     assert line["settings"]["num_images"] == 6
     names = sorted(p.name for p in (out / "weights").glob("*.pth"))
-    assert names == ["checkpoint.pth", "checkpoint_previous.pth", "model_0.pth"]
+    assert names == ["best.pth", "checkpoint.pth", "checkpoint_previous.pth", "model_0.pth"]
 
     shutil.rmtree(drawn_coco / "train2017")  # --test-only needs no training data
     (drawn_coco / "annotations" / "instances_train2017.json").unlink()
