@@ -1,6 +1,7 @@
 """DataLoaders for training and evaluation, and the way of their batches onto the device."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,16 +13,20 @@ from datasets import Data, training_indices
 from detection_dataset import DetectionDataset, Sample
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describe_groups
 from models import ModelSpec
-from packing import PackedBatch, Targets, collate_fn, unpack
+from packing import PackedBatch, SharedCollate, Targets, collate_fn, unpack
 from presets import RESIZING_PRESETS, build_transforms
 from safeguards import HangWatch, check_shared_memory
 from stopping import leave_stopping_to_parent
+from shared_slots import SharedSlots
 from utils import Distributed
 
 logger = logging.getLogger(__name__)
 
 # A worker that delivers nothing for so long is stuck, on a dead network disk for example.
 WORKER_TIMEOUT_SECONDS = 300
+
+# Batches that a worker makes ahead, and as many more as the main process may hold of it at once.
+PREFETCH_FACTOR, HELD_BATCHES = 2, 2
 
 
 class DeviceLoader:
@@ -48,10 +53,13 @@ class DeviceLoader:
     ) -> None:
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
         self.collate = collate
+        if workers and hasattr(os, "memfd_create"):  # Linux
+            collate = SharedCollate(collate, SharedSlots(workers, PREFETCH_FACTOR + HELD_BATCHES))
         self.loader = DataLoader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=workers,
+            prefetch_factor=PREFETCH_FACTOR if workers else None,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,

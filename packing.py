@@ -1,9 +1,10 @@
 """A batch in one piece of memory, and back into what torchvision's models take.
 
-A batch crosses the process border as one uint8 buffer (all images and mask blocks) and small numpy arrays; every
-tensor on its own would cost a shared-memory segment.
+A batch crosses the process border as one uint8 buffer (all images and mask blocks), in shared memory that is used
+again, and small numpy arrays; every tensor on its own would cost a shared-memory segment.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from detection_dataset import Sample
 from lazy_image import finish_masks, finish_pixels
+from shared_slots import SharedSlots
 from views import Placement
 
 Targets = list[dict[str, Any]]
@@ -61,6 +63,24 @@ def collate_fn(samples: list[Sample]) -> PackedBatch:
     sizes = [sample.pixels.shape[:2] for sample in samples]
     placements = [sample.placement for sample in samples]
     return PackedBatch(buffer, sizes, placements, [sample.target for sample in samples], blocks)
+
+
+class SharedCollate:
+    """Collates in a worker and leaves the buffer in shared memory.
+
+    Args:
+        collate: `collate_fn`, or one that mixes samples first.
+        slots: Where buffers go.
+    """
+
+    def __init__(self, collate: Callable[[list[Sample]], PackedBatch], slots: SharedSlots) -> None:
+        self.collate, self.slots = collate, slots
+
+    def __call__(self, samples: list[Sample]) -> PackedBatch:
+        """Pack samples; in the main process the batch arrives with a tensor again."""
+        batch = self.collate(samples)
+        batch.buffer = self.slots.put(batch.buffer)  # type: ignore[assignment]
+        return batch
 
 
 def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targets]:
