@@ -225,12 +225,12 @@ class Placement:
         Equal to resizing the full mask with torch's mode "nearest", which reads row floor(y * ratio), but
         computed only for the rows and columns that fall into the block.
         """
-        rows, top = _nearest(block.top, block.pixels.shape[0], self.source_size[0], self.target_size[0])
-        columns, left = _nearest(block.left, block.pixels.shape[1], self.source_size[1], self.target_size[1])
-        left, top = left + self.target[0], top + self.target[1]
-        pixels = block.pixels
+        left, top, pixels = block
         if self.source_size != self.target_size:
+            rows, top = _nearest(top, pixels.shape[0], self.source_size[0], self.target_size[0])
+            columns, left = _nearest(left, pixels.shape[1], self.source_size[1], self.target_size[1])
             pixels = pixels[rows[:, None], columns]
+        left, top = left + self.target[0], top + self.target[1]
         if self.flipped:
             pixels = pixels[:, ::-1]
             left = self.width - left - pixels.shape[1]
