@@ -16,8 +16,8 @@ from models import ModelSpec
 from packing import PackedBatch, SharedCollate, Targets, collate_fn, unpack
 from presets import RESIZING_PRESETS, build_transforms
 from safeguards import HangWatch, check_shared_memory
-from stopping import leave_stopping_to_parent
 from shared_slots import SharedSlots
+from stopping import leave_stopping_to_parent
 from utils import Distributed
 
 logger = logging.getLogger(__name__)
