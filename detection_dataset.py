@@ -228,12 +228,15 @@ def trainable_objects(annotations: Annotations, i: int) -> np.ndarray:
     return np.flatnonzero(wide_enough & ~annotations.is_crowd[objects]) + objects.start
 
 
-def clipped_boxes(annotations: Annotations, i: int, objects: np.ndarray) -> np.ndarray:
-    """Return boxes of image ``i`` as float32 [len(objects), 4] xyxy, cut to the image."""
+def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Return boxes of image ``i`` as float32 [len(objects), 4] xyxy, cut to the image.
+
+    ``i`` may also be the images of all objects, int64 [len(objects)].
+    """
     boxes = annotations.boxes_xywh[objects].astype(np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2] = boxes[:, 0::2].clip(0, annotations.widths[i])
-    boxes[:, 1::2] = boxes[:, 1::2].clip(0, annotations.heights[i])
+    boxes[:, 0::2] = boxes[:, 0::2].clip(0, np.reshape(annotations.widths[i], (-1, 1)))
+    boxes[:, 1::2] = boxes[:, 1::2].clip(0, np.reshape(annotations.heights[i], (-1, 1)))
     return boxes
 
 
