@@ -6,8 +6,10 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from annotations import Annotations, default_cache_dir
 from findings import Findings
@@ -54,14 +56,25 @@ def check_decoding(
     apply_exif: bool,
     cache_dir: Path | None = None,
     indices: np.ndarray | None = None,
+    workers: int | None = None,
 ) -> None:
     """Decode every image once and report those that cannot be, or have another size than their annotations.
 
     Files found good are remembered with size and time in a cache file, so the next start looks at new ones only.
+    A terminal shows a progress bar.
+
+    Args:
+        annotations: Of the images.
+        root: Folder of the image files.
+        findings: Collects what is wrong.
+        apply_exif: See `read_image`.
+        cache_dir: Of the cache file; None for the default.
+        indices: Images to look at, int64; all by default.
+        workers: Threads; as many as there are cores by default.
     """
-    cache = _GoodFiles(root, cache_dir)
+    memory = FileMemory("decoded", root, cache_dir)
     chosen = np.arange(len(annotations)) if indices is None else indices
-    todo = [i for i in chosen.tolist() if not cache.knows(root / annotations.file_name(i))]
+    todo = [i for i in chosen.tolist() if memory.get(root / annotations.file_name(i)) is None]
     if not todo:
         return
 
@@ -76,26 +89,36 @@ def check_decoding(
 
     if len(todo) > 1000:
         logger.info("decoding %d images once to find broken files", len(todo))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
-        for i, problem in zip(todo, pool.map(problem_of, todo)):
+    workers = workers or os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding the GIL
+        problems = tqdm(pool.map(problem_of, todo), "decoding images", len(todo), disable=None, leave=False)
+        for i, problem in zip(todo, problems):
             path = root / annotations.file_name(i)
             if problem is None:
-                cache.add(path)
+                memory.put(path, True)
             else:
                 findings.error("broken image", str(path), problem, "replace the file", image=i)
-    cache.save()
+    memory.save()
 
 
-class _GoodFiles:
-    """Remembers which files decoded, by name, size and time."""
+class FileMemory:
+    """Remembers one plain value per file as long as the file's size and time stay the same.
 
-    def __init__(self, root: Path, cache_dir: Path | None) -> None:
+    Args:
+        kind: What the values say; part of the cache file's name.
+        root: The folder of the files.
+        cache_dir: Of the cache file; None for the default.
+    """
+
+    def __init__(self, kind: str, root: Path, cache_dir: Path | None = None) -> None:
         key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-        self.path = (cache_dir or default_cache_dir()) / f"decoded-{key}.json"
+        self.path = (cache_dir or default_cache_dir()) / f"{kind}-{key}.json"
+        self.values: dict[str, Any] = {}
         try:
-            self.known = set(json.loads(self.path.read_text()))
-        except (OSError, ValueError):
-            self.known = set()
+            content = json.loads(self.path.read_text())
+            self.values = content if isinstance(content, dict) else dict.fromkeys(content, True)
+        except (OSError, ValueError, TypeError):
+            pass
 
     @staticmethod
     def _stamp(path: Path) -> str:
@@ -105,17 +128,20 @@ class _GoodFiles:
             return ""
         return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
-    def knows(self, path: Path) -> bool:
-        return self._stamp(path) in self.known
+    def get(self, path: Path) -> Any:
+        """Return what is known of a file, None where nothing is."""
+        return self.values.get(self._stamp(path))
 
-    def add(self, path: Path) -> None:
-        self.known.add(self._stamp(path))
+    def put(self, path: Path, value: Any) -> None:
+        """Note ``value`` for a file."""
+        self.values[self._stamp(path)] = value
 
     def save(self) -> None:
+        """Write the cache file, whole or not at all; a folder that cannot be written is a warning."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(sorted(self.known)))
+            temporary.write_text(json.dumps(self.values))
             temporary.replace(self.path)
         except OSError as error:
-            logger.warning("cannot remember decoded files in %s: %s", self.path, error)
+            logger.warning("cannot remember looked-at files in %s: %s", self.path, error)
