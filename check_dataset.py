@@ -1,0 +1,133 @@
+"""Look over a dataset before training on it: what training would refuse, and what would make it worse.
+
+    python check_dataset.py --dataset custom --data-path custom --model keypointrcnn_resnet50_fpn
+    python check_dataset.py --dataset coco --data-path /data/coco --model fcos_resnet50_fpn --view 16
+
+The flags are those of train.py. Errors are those that training would stop at; exit code 0 means that it may start.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from data_loading import DeviceLoader, build_train_loader
+from datasets import Data, training_indices
+from diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
+from flags import add_data_flags, add_model_choice, check_data_args, data_source, keeps_negatives, wanted_spec
+from models import ARCHITECTURES, ModelSpec
+from observations import Observation, format_facts, format_observations, group_findings, group_lines
+from utils import Distributed, choose_device, setup_logging
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description="Look over a dataset before training on it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        add_help=add_help,
+    )
+    group = parser.add_argument_group("check")
+    group.add_argument(
+        "--images", action=argparse.BooleanOptionalAction, default=True, help="decode images and look for copies"
+    )
+    group.add_argument("--view", default=0, type=int, metavar="N", help="write pictures of N samples")
+    group.add_argument("--output-dir", default="runs/check", help="where --view writes")
+    group.add_argument("--seed", default=0, type=int, help="of the samples and their augmentation")
+    add_data_flags(parser)
+    add_model_choice(parser.add_argument_group("model"))
+    parser.set_defaults(max_dets=None, rpn_score_thresh=None)
+    return parser
+
+
+def build_training(args: argparse.Namespace, data: Data) -> tuple[ModelSpec, DeviceLoader]:
+    """Return the model's record and the loader that training would use."""
+    spec = wanted_spec(args, data)
+    loader, _ = build_train_loader(
+        data,
+        spec,
+        Distributed(0, 0, 1, choose_device("cpu")),
+        batch_size=args.batch_size,
+        workers=0,
+        seed=args.seed,
+        augmentation=args.data_augmentation,
+        copy_paste=args.use_copypaste,
+        group_factor=args.aspect_ratio_group_factor,
+        keep_negatives=keeps_negatives(args),
+    )
+    return spec, loader
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, print, and return 0 where training may start."""
+    # What training says
+    source, task = data_source(args), ARCHITECTURES[args.model].task
+    trial, built = try_training_data(source, task, lambda data: build_training(args, data))
+    data = trial.data
+
+    # What it does not look at
+    warnings: list[Observation] = []
+    facts: dict[str, list[str]] = {}
+    if data is not None:
+        splits = {role: split for role, split in (("train", data.train), ("val", data.val)) if split is not None}
+        images = {role: split.indices for role, split in splits.items()}
+        notes: list[str] = []
+        if args.images:
+            images = {role: check_pictures(split, trial, source, args.workers or 1) for role, split in splits.items()}
+            warnings, notes = look_at_pictures(data, images, source, args.workers or 1)
+        if data.train is not None:
+            kept = training_indices(
+                data.train, keep_negatives=keeps_negatives(args), needs_keypoints=task == "keypoint"
+            )
+            images["train"] = np.intersect1d(images["train"], kept)
+        seen, facts = look_at_objects(data, wanted_spec(args, data), images, writes_corners=source.dataset == "custom")
+        warnings += seen
+        facts["notes"] = notes
+
+    # The report
+    print(format_report(args, trial, warnings, facts))
+    if args.view and built is not None:
+        pass
+    return 1 if trial.errors else 0
+
+
+def format_report(
+    args: argparse.Namespace, trial: Trial, warnings: list[Observation], facts: dict[str, list[str]]
+) -> str:
+    """Return all of it as text: the data, errors, warnings, and whether training may start."""
+    lines: list[str] = []
+    if trial.data is not None:
+        for role, split in (("train", trial.data.train), ("val", trial.data.val)):
+            if split is not None:
+                lines += [f"{role}: {split.name}", *format_facts(facts[role], "  "), ""]
+        if "keypoints" in facts:
+            lines += ["keypoints, labelled and visible on so many of the objects", *facts["keypoints"], ""]
+        lines += [*format_facts([*trial.info, *facts["notes"]]), ""]
+    errors = group_findings(trial.errors)
+    warnings = [*group_lines(trial.warnings), *warnings]
+    if errors:
+        lines += ["ERRORS", format_observations(errors), ""]
+    if warnings:
+        lines += ["WARNINGS", format_observations(warnings), ""]
+    if trial.errors:
+        verdict = f"{len(trial.errors)} error(s), {len(warnings)} warning(s): training would stop at the errors"
+    else:
+        verdict = f"no errors, {len(warnings)} warning(s): training may start"
+    return "\n".join([*lines, verdict if args.images else verdict + " (images were not opened)"])
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_data_args(parser, args)
+    setup_logging(is_main=True)
+    try:
+        return main(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
