@@ -175,6 +175,18 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing_parent(folder)).free
 
 
+def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Return the batch whose pictures, padded to a common size, are largest.
+
+    Args:
+        batches: Indices of pictures, [number of batches, batch size].
+        heights: Of the pictures.
+        widths: Of the pictures.
+    """
+    padded = heights[batches].max(axis=1).astype(np.int64) * widths[batches].max(axis=1)
+    return batches[int(np.argmax(padded))]
+
+
 def rehearse(plan: Plan, model: nn.Module, amp_dtype: torch.dtype | None) -> str:
     """Train on the batch that takes most memory, and return what it took; the weights are not the same afterwards.
 
@@ -184,9 +196,7 @@ def rehearse(plan: Plan, model: nn.Module, amp_dtype: torch.dtype | None) -> str
         amp_dtype: Autocast to this type, or None.
     """
     dataset, sampler, device = plan.loader.dataset, plan.sampler, plan.loader.device
-    batches = sampler.epoch_batches(0)
-    padded = dataset.heights[batches].max(axis=1).astype(np.int64) * dataset.widths[batches].max(axis=1)
-    largest = batches[int(np.argmax(padded))]
+    largest = largest_batch(sampler.epoch_batches(0), dataset.heights, dataset.widths)
     packed = plan.loader.collate([dataset[0, int(index)] for index in largest])
     images, targets = unpack(packed, device)
     model.train()

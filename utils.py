@@ -297,8 +297,16 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_torch(*parts: int | str) -> None:
-    """Seed torch's generators of all devices from ``parts``."""
-    torch.manual_seed(derive_seed(*parts))
+    """Seed torch's generators of the CPU and of the current device from ``parts``.
+
+    ``torch.manual_seed`` does this for all devices, and notes a stack for those that are not in use: 0.3 ms a call.
+    """
+    seed = derive_seed(*parts)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -1,11 +1,14 @@
 """The training step: no update on a bad loss, no wait of its own, sums over steps and processes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from ranks import run_on_ranks
 from torch import nn
 
+from benchmarks.waits import count_waits
 from engine import NonFiniteLossError, Progress, evaluate, train_one_epoch
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from optimization import LearningRate, build_optimizer, update_parameters
@@ -62,8 +65,7 @@ def train(model, *, stop=None, loader=None, progress=None, **options):
         learning_rate=LearningRate(0.05, 1),
         seed=0,
         stop=StopRequest() if stop is None else stop,
-        print_freq=3,
-        **options,
+        **{"print_freq": 3, **options},
     )
     return averages, progress
 
@@ -309,3 +311,61 @@ def test_an_evaluation_ends_when_asked_to_stop():
     stop = StopRequest()
     stop.signal_name = "SIGTERM"
     assert evaluate(Model(), ToyLoader(EvalBatchSampler(50)), ToyEvaluator(), None, stop=stop) is None
+
+
+def bare_loop(model, loader):
+    optimizer = build_optimizer(model, "sgd", lr=0.05, momentum=0.9, weight_decay=0.0)
+    for images, targets in loader:
+        sum(model(images, targets).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def engine_loop(model, loader):
+    train(model, loader=loader, print_freq=10**9)
+
+
+def waits_per_step(loop):
+    """What 10 more steps bring."""
+    counts = []
+    for steps in (2, 12):
+        loader = ToyLoader(sampler(num_images=2 * steps))
+        counts.append(count_waits(lambda data=loader: loop(fresh(), data)))
+    return counts[1] - counts[0]
+
+
+def test_the_engine_waits_for_the_device_no_more_often_than_a_bare_loop():
+    """The one read is that of the flags, which a GPU has sent to the host a step before."""
+    assert waits_per_step(bare_loop).total() == 0
+    assert waits_per_step(engine_loop) == {"tolist": 10}
+
+
+def test_the_counter_of_waits_finds_them():
+    value = torch.ones(4)
+    waits = [
+        lambda: value.sum().item(), lambda: bool(value.any()), lambda: float(value[0]), lambda: value.tolist(),
+        lambda: value.numpy(), lambda: value.cpu(), lambda: value.to("cpu"), lambda: value[value > 0], lambda: value.nonzero(),
+    ]  # fmt: skip
+    for n, wait in enumerate(waits):
+        assert count_waits(wait).total() >= 1, n
+    assert count_waits(lambda: (value * 2).to(torch.float64).sum()).total() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_engine_adds_no_synchronisation():
+    """Torch's own trap: one warning per synchronising call."""
+
+    def syncs(loop):
+        counts = []
+        for steps in (2, 12):
+            loader = ToyLoader(sampler(num_images=2 * steps))
+            loader.device = torch.device("cuda")
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                loop(fresh().cuda(), loader)
+                torch.cuda.set_sync_debug_mode("default")
+            counts.append(sum("synchroniz" in str(w.message) for w in found))
+        return counts[1] - counts[0]
+
+    assert syncs(engine_loop) == syncs(bare_loop)
