@@ -8,6 +8,7 @@ The flags are those of train.py. Errors are those that training would stop at; e
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, 
 from flags import add_data_flags, add_model_choice, check_data_args, data_source, keeps_negatives, wanted_spec
 from models import ARCHITECTURES, ModelSpec
 from observations import Observation, format_facts, format_observations, group_findings, group_lines
+from sample_sheets import write_sheets
 from utils import Distributed, choose_device, setup_logging
 
 
@@ -86,8 +88,11 @@ def main(args: argparse.Namespace) -> int:
 
     # The report
     print(format_report(args, trial, warnings, facts))
-    if args.view and built is not None:
-        pass
+    if args.view and built is not None and data is not None and data.train is not None:
+        paths = write_sheets(
+            Path(args.output_dir), data.train, built[1], args.view, preset=args.data_augmentation, seed=args.seed
+        )
+        print(f"samples as annotated: {paths[0]}; as {args.data_augmentation} augments them: {paths[1]}")
     return 1 if trial.errors else 0
 
 
