@@ -1,5 +1,7 @@
 """How often each keypoint is labelled and visible, and which look misplaced or swapped left to right."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dataset_statistics import SplitObjects
@@ -15,8 +17,10 @@ CLEAR_SHARE = 0.1
 USUAL_SHARE = 0.9
 MIN_CLEAR_OBJECTS = 10
 
-# Without a usual side an object is judged by its own other pairs, at least so many of them.
+# Without a usual side an object is judged by its own other pairs, at least so many of them, and by its links: swapped,
+# they would be shorter than this share. Persons seen from the side fail the first test alone, crossed arms the second.
 MIN_OTHER_PAIRS = 2
+MAX_LINK_SHARE = 0.75
 
 
 def keypoint_names(part: SplitObjects) -> list[str]:
@@ -85,7 +89,7 @@ def _check_sides(part: SplitObjects, keypoints: np.ndarray, names: list[str]) ->
     """Look for pairs whose left point lies on the other side than usual.
 
     Usual is what nearly all objects of the dataset show; where they do not agree (persons face both ways), what
-    all other pairs of the same object show.
+    all other pairs of the same object show, if a swap would also shorten the links to them.
     """
     pairs = np.array(part.split.skeleton.flip_pairs or (), dtype=np.int64).reshape(-1, 2)
     if not len(pairs):
@@ -102,6 +106,7 @@ def _check_sides(part: SplitObjects, keypoints: np.ndarray, names: list[str]) ->
     others = side.sum(axis=1, keepdims=True) - side
     num_others = clear.sum(axis=1, keepdims=True) - clear
     against_others = ~is_usual & (num_others >= MIN_OTHER_PAIRS) & (side * others == -num_others)
+    against_others &= _link_share_after_swap(keypoints, pairs, part.split.skeleton.links) < MAX_LINK_SHARE
     doubt = np.where(against_usual | against_others, np.abs(gap), 0)
     worst = doubt.argmax(axis=1)
     return observe_worst(
@@ -110,3 +115,37 @@ def _check_sides(part: SplitObjects, keypoints: np.ndarray, names: list[str]) ->
         lambda n: f"{part.place(n)}: {names[pairs[worst[n], 0]]} and {names[pairs[worst[n], 1]]}",
         "crossed limbs look so too; look at the pictures, and swap what is wrong",
     )
+
+
+def _link_share_after_swap(keypoints: np.ndarray, pairs: np.ndarray, links: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return how long the links of each pair would be if its two points were swapped, as a share of their length.
+
+    Only links to points of other pairs tell: a shoulder is linked to the elbow of its own side.
+
+    Args:
+        keypoints: float64 [N, K, 3].
+        pairs: int64 [P, 2].
+        links: Joined points.
+
+    Returns:
+        float64 [N, P]; infinity where no link tells.
+    """
+    partner = np.arange(keypoints.shape[1])
+    partner[pairs[:, 0]], partner[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    points, labelled = keypoints[:, :, :2], keypoints[:, :, 2] > 0
+
+    def length(a: int, b: int) -> np.ndarray:
+        return np.hypot(*(points[:, a] - points[:, b]).T)
+
+    shares = np.full((len(keypoints), len(pairs)), np.inf)
+    for p, (a, b) in enumerate(pairs.tolist()):
+        ends = {c for x, y in links for c in ((y,) if x == a else (x,) if y == a else ())} - {b}
+        now, swapped = np.zeros(len(keypoints)), np.zeros(len(keypoints))
+        for c in ends:
+            d = int(partner[c])
+            if c != d:
+                known = labelled[:, [a, b, c, d]].all(axis=1)
+                now += np.where(known, length(a, c) + length(b, d), 0)
+                swapped += np.where(known, length(b, c) + length(a, d), 0)
+        np.divide(swapped, now, out=shares[:, p], where=now > 0)
+    return shares

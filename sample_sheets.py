@@ -73,7 +73,7 @@ def _annotated(annotations: Annotations, i: int, dataset: DetectionDataset) -> D
     crowds = annotations.is_crowd[span].tolist()
     return Drawn(
         boxes,
-        [f"{caption} (crowd)".lstrip() if crowd else caption for caption, crowd in zip(captions, crowds)],
+        [f"{caption} crowd".strip() if crowd else caption for caption, crowd in zip(captions, crowds)],
         colours,
         [mask_block(annotations, i, n) for n in objects] if dataset.needs_masks else None,
         annotations.keypoints[span] if dataset.needs_keypoints else None,
