@@ -1,0 +1,260 @@
+"""Find objects in pictures with a trained model.
+
+    python predict.py --checkpoint runs/first/weights/best.pth photos/ more/*.jpg
+    python predict.py --checkpoint best.pth "albums/**/*.png" --score-threshold 0.3 --output-dir found
+
+The checkpoint knows model, classes, keypoints and sizes. Written are pictures with what was found in them,
+``predictions.json`` (COCO results), ``images.json`` (which image id is which file) and ``predictions.csv``.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from annotation_checks import Record
+from detections import Detections
+from drawing import Drawn, draw_objects, save_picture
+from inference import BadFile, Detector, Prediction, find_images, load_detector, predict_files
+from masks import MaskBlock
+from predictions import results_of
+from run_folder import versions
+from utils import choose_device, setup_logging
+
+logger = logging.getLogger("predict")
+
+# Where the checkpoint was never evaluated.
+DEFAULT_SCORE_THRESHOLD = 0.5
+
+# Everything readable was predicted, but some files were not readable.
+EXIT_SOME_SKIPPED = 4
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Find objects in pictures", formatter_class=formatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders (searched to any depth), globs")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of train.py")
+    parser.add_argument("--output-dir", metavar="DIR", help="new or empty folder; runs/predict-<time> by default")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        metavar="S",
+        help="leave out detections below this score, 0 to 1; by default the one with the best F1 in the checkpoint's "
+        f"evaluation, else {DEFAULT_SCORE_THRESHOLD}",
+    )
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures at a time, at most")
+    parser.add_argument("-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes")
+    parser.add_argument("--device", help="torch device; cuda where there is one, else cpu")
+    parser.add_argument(
+        "--overlays", action=argparse.BooleanOptionalAction, default=True, help="write pictures with what was found"
+    )
+    return parser
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values out of range."""
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
+        parser.error(f"--score-threshold {args.score_threshold}: expected a number from 0 to 1")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: expected 0 or more")
+
+
+def make_output_dir(given: str | None) -> Path:
+    """Create and return the folder for results.
+
+    Raises:
+        ValueError: It holds something already: results of two runs are never mixed.
+    """
+    folder = Path(given or f"runs/predict-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output-dir {folder}: expected a new or empty folder, it is not; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Open a text file for writing that takes its name only when everything is in it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def records_of(image_id: int, size: tuple[int, int], detections: Detections, iou_types: Sequence[str]) -> list[Record]:
+    """Return one image's detections as COCO results, each with its box and, where there are, mask and keypoints."""
+    kinds = [results_of(image_id, size, detections, iou_type) for iou_type in iou_types]
+    assert all(len(kind) == len(detections) for kind in kinds)
+    return [{k: v for part in parts for k, v in part.items()} for parts in zip(*kinds)]
+
+
+def csv_header(detector: Detector) -> list[str]:
+    """Return the names of the csv's columns."""
+    header = ["file_name", "image_id", "category_id", "class", "score", "x1", "y1", "x2", "y2"]
+    if "segm" in detector.spec.iou_types:
+        header.append("mask_area")
+    if "keypoints" in detector.spec.iou_types:
+        header += [f"{name}_{axis}" for name in detector.keypoint_names for axis in "xy"]
+    return header
+
+
+def csv_rows(file_name: str, image_id: int, detections: Detections, detector: Detector) -> list[list[Any]]:
+    """Return a row per detection; lengths in pixels from the top left corner of the upright picture."""
+    rows: list[list[Any]] = []
+    boxes = corners_of(detections)
+    for n in range(len(detections)):
+        category = int(detections.category_ids[n])
+        row: list[Any] = [file_name, image_id, category, detector.class_names[category]]
+        row += [f"{detections.scores[n]:.6f}", *(f"{v:.2f}" for v in boxes[n])]
+        if detections.masks is not None:
+            mask = detections.masks[n]
+            assert isinstance(mask, MaskBlock)
+            row.append(int(mask.pixels.sum()))
+        if detections.keypoints is not None:
+            row += [f"{v:.2f}" for v in detections.keypoints[n, :, :2].reshape(-1)]
+        rows.append(row)
+    return rows
+
+
+def corners_of(detections: Detections) -> np.ndarray:
+    """Return the boxes as xyxy, float64 [D, 4]."""
+    boxes = detections.boxes_xywh
+    assert boxes is not None
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> None:
+    """Draw what was found and write the picture."""
+    found = prediction.detections
+    names = [detector.class_names[c] for c in found.category_ids.tolist()]
+    captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores)]
+    masks = None if found.masks is None else [mask for mask in found.masks if isinstance(mask, MaskBlock)]
+    keypoints = None
+    if found.keypoints is not None:
+        keypoints = found.keypoints.copy()
+        keypoints[:, :, 2] = 2  # models say nothing of hidden points
+    drawn = Drawn(corners_of(found), captions, found.category_ids, masks, keypoints)
+    save_picture(draw_objects(prediction.image, drawn, detector.skeleton, keypoint_names=True), path)
+
+
+def describe_run(
+    args: argparse.Namespace, detector: Detector, threshold: float, images: list[Record], bad: list[Record]
+) -> dict[str, Any]:
+    """Return the content of ``images.json``."""
+    return {
+        "checkpoint": args.checkpoint,
+        "model": detector.spec.name,
+        "score_threshold": threshold,
+        "versions": versions(),
+        "categories": [{"id": id_, "name": name} for id_, name in detector.class_names.items()],
+        "images": images,
+        "skipped": bad,
+    }
+
+
+def main(args: argparse.Namespace) -> int:
+    """Predict; returns the exit code."""
+    # Model and files
+    device = choose_device(args.device)
+    paths = find_images(args.paths)
+    detector = load_detector(Path(args.checkpoint))
+    threshold, origin = args.score_threshold, "as given"
+    if threshold is None and detector.score_threshold is not None:
+        threshold, origin = detector.score_threshold, "best F1 in the checkpoint's evaluation"
+    elif threshold is None:
+        threshold, origin = DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
+    logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
+    logger.info("score threshold %.4g (%s)", threshold, origin)
+    output_dir = make_output_dir(args.output_dir)
+    overlays = output_dir / "overlays"
+    overlays.mkdir(exist_ok=True) if args.overlays else None
+
+    # Image ids count from 1 in the order of the files, broken ones included.
+    digits = len(str(len(paths)))
+    images: list[Record] = []
+    bad: list[Record] = []
+    num_found, separator = 0, "["
+    with (
+        whole_file(output_dir / "predictions.json") as results_file,
+        whole_file(output_dir / "predictions.csv") as csv_file,
+        ThreadPoolExecutor(max(1, args.workers)) as pool,
+        tqdm(total=len(paths), unit="image", disable=None) as bar,
+    ):
+        table = csv.writer(csv_file)
+        table.writerow(csv_header(detector))
+        drawing: list[Future[None]] = []
+        for batch in predict_files(
+            detector,
+            paths,
+            device=device,
+            score_threshold=threshold,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        ):
+            for future in drawing:  # of the batch before: no more than two batches are in memory
+                future.result()
+            drawing = []
+            for result in batch:
+                path, image_id = paths[result.index], result.index + 1
+                bar.update()
+                if isinstance(result, BadFile):
+                    bar.write(f"skipped: {result.reason}", file=sys.stderr)
+                    bad.append({"id": image_id, "file_name": str(path), "reason": result.reason})
+                    continue
+                height, width = result.image.shape[-2:]
+                entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
+                if args.overlays:
+                    entry["overlay"] = f"overlays/{image_id:0{digits}d}_{path.stem}.jpg"
+                    drawing.append(pool.submit(write_overlay, result, detector, output_dir / str(entry["overlay"])))
+                images.append(entry)
+                for record in records_of(image_id, (height, width), result.detections, detector.spec.iou_types):
+                    results_file.write(separator + json.dumps(record))
+                    separator = ",\n"
+                table.writerows(csv_rows(str(path), image_id, result.detections, detector))
+                num_found += len(result.detections)
+        for future in drawing:
+            future.result()
+        results_file.write("]\n" if separator != "[" else "[]\n")
+    with whole_file(output_dir / "images.json") as file:
+        json.dump(describe_run(args, detector, threshold, images, bad), file, indent=1)
+    logger.info("%d objects in %d pictures, in %s", num_found, len(images), output_dir)
+    if not images:
+        raise ValueError("not one of the files could be read as a picture")
+    if bad:
+        logger.warning("%d of %d files were skipped; images.json lists them with the reason", len(bad), len(paths))
+    return EXIT_SOME_SKIPPED if bad else 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    setup_logging(is_main=True)
+    try:
+        return main(args)
+    except (ValueError, OSError) as error:
+        print(f"predict.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
