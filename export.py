@@ -1,0 +1,261 @@
+"""Write a trained model as ONNX or TorchScript, and prove that the file gives what PyTorch gives.
+
+    python export.py --checkpoint runs/first/weights/best.pth --format onnx
+    python export.py --checkpoint best.pth --format torchscript --images photos/ --output model.torchscript
+
+The exported model takes one picture, float32 [3, H, W], RGB in 0..1, of any size, and gives the outputs of the
+PyTorch model by name. The file is run on pictures before it gets its name: where it disagrees, there is no file.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export_checks import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE, Agreement, Outputs, compare_outputs
+from images import read_image
+from inference import Detector, find_images, load_detector
+from run_folder import versions
+from shapes_dataset import ShapeDrawer, shapes_annotations
+from utils import setup_logging
+
+logger = logging.getLogger("export")
+
+FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript"}
+ONNX_OPSET = 17
+NUM_DRAWN = 6
+
+Picture = tuple[str, Tensor]
+Runner = Callable[[Tensor], Outputs]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Export a trained model and check it", formatter_class=formatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of train.py")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
+    parser.add_argument("--output", metavar="FILE", help="by default the checkpoint's name with another suffix")
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="pictures, folders or globs to compare on; drawn shapes by default"
+    )
+    return parser
+
+
+class OnePicture(nn.Module):
+    """A detector that takes one picture and gives one dict, in PyTorch and in TorchScript."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Return the detections of ``image``, float32 [3, H, W] in 0..1."""
+        outputs = self.model([image])
+        if torch.jit.is_scripting():
+            return outputs[1][0]  # scripted detectors return (losses, detections)
+        else:  # noqa: RET505 - TorchScript leaves out a branch, not what follows a return
+            return outputs[0]
+
+
+class InOrder(nn.Module):
+    """The same with its outputs as a tuple, as tracing wants them."""
+
+    def __init__(self, model: OnePicture, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of ``names``."""
+        outputs = self.model(image)
+        return tuple(outputs[name] for name in self.names)
+
+
+def load_pictures(paths: list[str] | None) -> list[Picture]:
+    """Return (name, float32 [3, H, W] in 0..1) of every picture, and of the first one turned by a quarter.
+
+    The turned one has another shape: an export that has the first picture's size built in is found out.
+    """
+    if paths:
+        pixels = [(str(path), read_image(path)) for path in find_images(paths)]
+    else:
+        drawer, annotations = ShapeDrawer("val"), shapes_annotations("val", NUM_DRAWN)
+        pixels = [(f"drawn picture {n}", drawer.read(annotations, n)) for n in range(NUM_DRAWN)]
+    pixels.append((f"{pixels[0][0]}, turned", np.rot90(pixels[0][1])))
+    return [
+        (name, torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).mul(1 / 255).contiguous())
+        for name, image in pixels
+    ]
+
+
+def need(*names: str) -> Any:
+    """Import optional libraries and return the last of them.
+
+    Raises:
+        ValueError: One is not installed.
+    """
+    try:
+        return [importlib.import_module(name) for name in names][-1]
+    except ImportError as error:
+        raise ValueError(
+            f"--format onnx needs {' and '.join(names)} ({error}): pip install {' '.join(names)}"
+        ) from None
+
+
+def write_torchscript(model: OnePicture, path: Path, metadata: dict[str, Any]) -> None:
+    """Script the model and write it, with ``metadata.json`` inside."""
+    scripted = torch.jit.script(model)
+    torch.jit.save(scripted, str(path), _extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def run_torchscript(path: Path) -> Runner:
+    """Load a TorchScript file and return a function from picture to outputs."""
+    loaded = torch.jit.load(str(path), map_location="cpu")
+    return lambda image: {name: value.numpy() for name, value in loaded(image).items()}
+
+
+def write_onnx(model: OnePicture, path: Path, metadata: dict[str, Any], example: Tensor, names: list[str]) -> None:
+    """Trace the model on ``example`` and write it, with the metadata as properties of the file.
+
+    The tracing exporter is used: torchvision's detectors carry the code that keeps picture sizes and numbers of
+    detections variable in a trace.
+    """
+    onnx = need("onnx")
+    torch.onnx.export(
+        InOrder(model, names),
+        (example,),
+        str(path),
+        input_names=["image"],
+        output_names=names,
+        dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}},
+        opset_version=ONNX_OPSET,
+        dynamo=False,
+    )
+    content = onnx.load(str(path))
+    onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(content, str(path))
+
+
+def run_onnx(path: Path, names: list[str]) -> Runner:
+    """Open an ONNX file with onnxruntime and return a function from picture to outputs."""
+    runtime = need("onnx", "onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda image: dict(zip(names, session.run(names, {"image": image.numpy()})))
+
+
+def describe(detector: Detector) -> dict[str, Any]:
+    """Return what a user of the exported file needs to know, as plain values."""
+    spec, labels = detector.spec, detector.label_map
+    architecture = spec.architecture
+    size: dict[str, Any] = {
+        "min_size": spec.min_size[-1] if spec.min_size else architecture.min_size,
+        "max_size": spec.max_size or architecture.max_size,
+    }
+    if architecture.fixed_size is not None:
+        size = {"height": architecture.fixed_size[0], "width": architecture.fixed_size[1]}
+    classes = [
+        {"label": label, "name": name, "category_id": id_}
+        for label, (id_, name) in enumerate(zip(labels.category_ids, labels.names), start=1)
+        if id_ >= 0
+    ]
+    return {
+        "model": spec.name,
+        "classes": classes,
+        "input": "image: float32 [3, height, width], RGB, 0..1, upright, any size; the model resizes and normalises",
+        "resized_to": size,
+        "boxes": "float32 [detections, 4]: x1, y1, x2, y2 in pixels of the picture",
+        "keypoint_names": list(detector.keypoint_names),
+        "skeleton": [list(link) for link in detector.skeleton.links],
+        "score_threshold": detector.score_threshold,
+        "versions": versions(),
+    }
+
+
+def check_file(model: OnePicture, exported: Runner, pictures: list[Picture]) -> Agreement:
+    """Run both on all pictures.
+
+    Raises:
+        ValueError: They do not agree, or there was nothing to compare.
+    """
+    agreement = Agreement()
+    for name, image in pictures:
+        expected = {key: value.numpy() for key, value in model(image).items()}
+        try:
+            found = exported(image)
+        except Exception as error:  # a runtime raises what it likes
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name}: the exported model fails: {text}") from error
+        compare_outputs(expected, found, agreement, name)
+    if not agreement.detections:
+        raise ValueError("no detection on any picture, so nothing was compared; give --images with objects")
+    return agreement
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what torch says about its exporters to developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export, compare, and only then give the file its name."""
+    output = Path(args.output) if args.output else Path(args.checkpoint).with_suffix(FORMATS[args.format])
+    if output.exists():
+        raise ValueError(f"--output {output}: exists already; remove it or choose another name")
+    if args.format == "onnx":
+        need("onnx", "onnxruntime")
+    detector = load_detector(Path(args.checkpoint))
+    pictures = load_pictures(args.images)
+    model = OnePicture(detector.model.requires_grad_(False)).eval()
+    names = list(model(pictures[0][1]))
+    temporary = output.with_name(output.name + ".tmp")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with quiet():
+            try:
+                if args.format == "onnx":
+                    write_onnx(model, temporary, describe(detector), pictures[0][1], names)
+                else:
+                    write_torchscript(model, temporary, describe(detector))
+            except Exception as error:  # exporters raise what they like
+                if isinstance(error, (OSError, ValueError)):
+                    raise
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"{detector.spec.name} cannot be exported to {args.format}: {text}") from error
+            exported = run_onnx(temporary, names) if args.format == "onnx" else run_torchscript(temporary)
+            agreement = check_file(model, exported, pictures)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tolerances = f"allowed {BOX_TOLERANCE} px, {SCORE_TOLERANCE}, {MASK_TOLERANCE:.0%}"
+    logger.info("%s: agrees with PyTorch on %d pictures: %s (%s)", output, len(pictures), agreement, tolerances)
+    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    args = get_args_parser().parse_args(argv)
+    setup_logging(is_main=True)
+    try:
+        return main(args)
+    except (ValueError, OSError) as error:
+        print(f"export.py: error: {error}; nothing was written", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
