@@ -10,6 +10,7 @@ percentiles would not even hold the figure. Intervals are therefore the spread o
 how far it moves with another set of as many images. A simulation in the tests counts how often that is true.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from annotations import Annotations
 from coco_eval import CocoEvaluator, EvalResult
 from coco_matching import Matches
 
@@ -47,6 +49,7 @@ class Outcomes:
         class_names: K names.
         thresholds: float64 [T], IoU or OKS.
         recall_grid: float64 [R].
+        fingerprint: Of all annotations of the evaluated images.
         settings: `EvalResult.settings`: what two evaluations must share to be compared.
     """
 
@@ -57,6 +60,7 @@ class Outcomes:
     class_names: tuple[str, ...]
     thresholds: np.ndarray
     recall_grid: np.ndarray
+    fingerprint: str
     settings: dict[str, Any]
 
     @classmethod
@@ -78,12 +82,13 @@ class Outcomes:
             tuple(name for _, name in annotations.categories),
             evaluator.grids[iou_type].thresholds,
             evaluator.grids[iou_type].recall_grid,
+            _fingerprint(annotations, truth_images >= 0),
             result.settings,
         )
 
     def save(self, path: Path) -> None:
         """Write a file of plain arrays that `load` reads."""
-        text = {"class_names": self.class_names, "settings": self.settings}
+        text = {"class_names": self.class_names, "fingerprint": self.fingerprint, "settings": self.settings}
         matches = dict(zip(Matches.__dataclass_fields__, self.matches.columns()))
         arrays = {name: getattr(self, name) for name in _ARRAYS} | {f"match_{k}": v for k, v in matches.items()}
         np.savez_compressed(path, text=np.frombuffer(json.dumps(text).encode(), dtype=np.uint8), **arrays)
@@ -100,12 +105,20 @@ class Outcomes:
                 text = json.loads(file["text"].tobytes())
                 matches = Matches(*(file[f"match_{name}"] for name in Matches.__dataclass_fields__))
                 arrays = {name: file[name] for name in _ARRAYS}
-            return cls(matches, class_names=tuple(text["class_names"]), settings=text["settings"], **arrays)
-        except (KeyError, OSError, ValueError) as error:
+            text["class_names"] = tuple(text["class_names"])
+            return cls(matches, **arrays, **text)
+        except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the matches of an evaluation ({error})") from None
 
 
 _ARRAYS = ("truth_images", "truth_categories", "image_ids", "thresholds", "recall_grid")
+
+
+def _fingerprint(annotations: Annotations, is_seen: np.ndarray) -> str:
+    """Return a hash of the objects marked in ``is_seen``, bool [N]; masks count by their boxes and areas."""
+    names = ("category_ids", "boxes_xywh", "areas", "is_crowd", "keypoints")
+    columns = [getattr(annotations, name) for name in names]
+    return hashlib.sha256(b"".join(column[is_seen].tobytes() for column in columns)).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +243,52 @@ def interval(figure: float, resampled: np.ndarray, level: float = LEVEL) -> tupl
         return None
     low, high = figure + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2]) - spread.mean()
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two evaluations of the same images differ in one figure.
+
+    Attributes:
+        first: Of the first evaluation; None without objects, and then all others are.
+        second: Of the second one.
+        low: The interval of second minus first.
+        high: Its upper end.
+        probability: That the second one is better: share of the resamples, centred on the difference, in which it is;
+            equal ones count half.
+    """
+
+    first: float | None = None
+    second: float | None = None
+    low: float | None = None
+    high: float | None = None
+    probability: float | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def compare_figure(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> Difference:
+    """Compare a figure of two evaluations that were resampled with the same weights.
+
+    Args:
+        first: `Resampled.figure` of the first; its entry 0 has the images themselves, weight one each.
+        second: Of the second one.
+        level: Of the interval.
+    """
+    differences = second - first
+    if not np.isfinite(differences[0]):
+        return Difference()
+    spread = interval(float(differences[0]), differences[1:], level)
+    if spread is None:
+        return Difference(float(first[0]), float(second[0]))
+    resampled = differences[1:][np.isfinite(differences[1:])]
+    centred = resampled - resampled.mean() + differences[0]
+    # What the sums of floating point leave of an equality.
+    sign = np.where(np.abs(centred) < 1e-12, 0.0, np.sign(centred))
+    return Difference(float(first[0]), float(second[0]), *spread, float((sign + 1).mean() / 2))
 
 
 def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, dict[str, Any]]:

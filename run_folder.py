@@ -1,6 +1,7 @@
 """The folder of a run: where it lies and what is written into it beside checkpoints."""
 
 import datetime
+import functools
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,21 @@ from utils import broadcast_json, rank, world_size
 logger = logging.getLogger(__name__)
 
 SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
+
+logger = logging.getLogger(__name__)
+
+# Folders of the newest and of the best evaluation's files, below the run's.
+NEWEST, BEST = "eval", "best"
+SUMMARY = "summary.json"
+
+
+@functools.cache
+def is_installed(library: str) -> bool:
+    """Return whether an optional library is there; its absence is logged once, with the command that installs it."""
+    if find_spec(library) is not None:
+        return True
+    logger.warning("%s is not installed, what needs it is left out: pip install %s", library, library)
+    return False
 
 
 def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path) -> Path | None:
@@ -162,6 +179,41 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what stands in an evaluation's ``summary.json``: epoch and `describe_scores`; empty where there is none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid json ({error})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl`` that make one run: an epoch done again takes the place of the first time.
+
+    A line cut off by a full disk or a kill is left out.
+    """
+    path = folder / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        epoch = line.get("epoch")
+        if epoch is not None:
+            lines = [other for other in lines if other.get("epoch") is None or other["epoch"] < epoch]
+        lines.append(line)
+    return lines
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:

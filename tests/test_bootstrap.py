@@ -104,7 +104,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
         assert (getattr(read, name) == getattr(outcomes, name)).all()
     for a, b in zip(read.matches.columns(), outcomes.matches.columns()):
         assert a.dtype == b.dtype and (a == b).all()
-    assert (read.class_names, read.settings) == (outcomes.class_names, outcomes.settings)
+    for name in ("class_names", "fingerprint", "settings"):
+        assert getattr(read, name) == getattr(outcomes, name)
     (tmp_path / "other.npz").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="other.npz: not the matches of an evaluation"):
         Outcomes.load(tmp_path / "other.npz")
@@ -134,6 +135,7 @@ def drawn_outcomes(rng, num_images=60, num_classes=6, quality=1.0):
         tuple("abcdef"[:num_classes]),
         np.linspace(0.5, 0.95, 10),
         np.linspace(0, 1, 101),
+        "",
         {},
     )
 

@@ -1,0 +1,160 @@
+"""Compare two runs on the same images: the difference, its interval, and how sure it is.
+
+    python compare.py runs/first runs/second
+    python compare.py runs/first runs/second --evaluation newest --json difference.json
+
+A paired bootstrap over images from the matches that a run keeps of its best and of its newest evaluation
+(matches_<kind>.npz); no model, image or annotation file is read.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bootstrap import LEVEL, RESAMPLED, SEED, Difference, Outcomes, compare_figure, draw_weights, resample
+from run_folder import BEST, NEWEST, read_summary
+from utils import setup_logging
+
+logger = logging.getLogger("compare")
+
+KINDS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description="Compare two runs on the same images",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        add_help=add_help,
+    )
+    parser.add_argument("first", help="folder of a run")
+    parser.add_argument("second", help="folder of another run")
+    parser.add_argument("--evaluation", default="best", choices=("best", "newest"), help="which one of each run")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="random sets of images")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the random sets")
+    parser.add_argument("--json", metavar="FILE", help="also write the differences to FILE")
+    return parser
+
+
+def find_evaluation(run_dir: Path, which: str) -> Path:
+    """Return the folder with the matches of a run's best or newest evaluation.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = run_dir / (BEST if which == "best" else NEWEST)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir}: no such folder")
+    if not any(folder.glob("matches_*.npz")):
+        raise FileNotFoundError(f"{folder}: no matches_*.npz; is {run_dir} the folder of a run that was evaluated?")
+    return folder
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcomes]:
+    """Return the outcomes of every kind of score that an evaluation has."""
+    paths = {kind: folder / f"matches_{kind}.npz" for kind in KINDS}
+    return {kind: Outcomes.load(path) for kind, path in paths.items() if path.is_file()}
+
+
+def check_comparable(first: Outcomes, second: Outcomes, kind: str) -> None:
+    """Raise ValueError where figures of two evaluations cannot be compared, with the first reason found."""
+    if not np.array_equal(first.image_ids, second.image_ids):
+        common = len(np.intersect1d(first.image_ids, second.image_ids))
+        counts = f"{len(first.image_ids)} and {len(second.image_ids)} images, {common} in common"
+        raise ValueError(f"the runs were evaluated on different images ({counts}); compare runs on the same ones")
+    if first.class_names != second.class_names:
+        different = sorted(set(first.class_names) ^ set(second.class_names)) or ["their order"]
+        raise ValueError(f"the runs were evaluated with different classes ({', '.join(different[:5])})")
+    if first.fingerprint != second.fingerprint:
+        counts = f"{len(first.truth_images)} and {len(second.truth_images)} objects"
+        raise ValueError(f"the annotations differ between the runs ({KINDS[kind]}: {counts}); evaluate both again")
+    names = [f"max_dets_{kind}", *(("kpt_oks_sigmas", "oks_area") if kind == "keypoints" else ())]
+    for name in names:
+        a, b = first.settings.get(name), second.settings.get(name)
+        if a != b:
+            raise ValueError(f"{name} differs between the runs: {a} and {b}; evaluate both with the same")
+    if first.settings.get("pycocotools") != second.settings.get("pycocotools"):
+        logger.warning("the runs were evaluated with different versions of pycocotools")
+
+
+def compare_outcomes(
+    first: Outcomes, second: Outcomes, num_resamples: int, seed: int
+) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """Return the differences of all figures, and of AP per class."""
+    num_images = len(first.image_ids)
+    weights = np.concatenate([np.ones((1, num_images), np.int32), draw_weights(num_images, num_resamples, seed)])
+    a, b = resample(first, weights), resample(second, weights)
+    figures = {name: compare_figure(a.figure(name), b.figure(name)) for name in RESAMPLED}
+    per_class = {name: compare_figure(a.figure("AP", k), b.figure("AP", k)) for k, name in enumerate(first.class_names)}
+    return figures, per_class
+
+
+def format_differences(title: str, rows: dict[str, Difference]) -> str:
+    """Return a table with one line per figure or class."""
+    width = max([len(name) for name in rows] + [len(title)])
+    head = f"{'first':>8} {'second':>8} {'change':>8}   {f'{LEVEL:.0%} interval':<18} second better"
+    lines = [f"  {title:<{width}} {head}"]
+    for name, row in rows.items():
+        if row.first is None or row.second is None:
+            lines.append(f"  {name:<{width}} {'n/a':>8} {'n/a':>8}")
+            continue
+        text = f"  {name:<{width}} {row.first:>8.4f} {row.second:>8.4f} {row.second - row.first:>+8.4f}"
+        if row.probability is not None:
+            text += f"   {row.low:+.4f} to {row.high:+.4f} {row.probability:>13.0%}{'  *' if row.is_clear else ''}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def describe(path: Path) -> str:
+    """Return an evaluation's folder and epoch."""
+    epoch = read_summary(path).get("epoch")
+    return f"{path}" if epoch is None else f"{path}, epoch {epoch}"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare and print."""
+    folders = [find_evaluation(Path(run), args.evaluation) for run in (args.first, args.second)]
+    first, second = (read_outcomes(folder) for folder in folders)
+    kinds = [kind for kind in first if kind in second]
+    if not kinds:
+        raise ValueError(f"the runs have no kind of score in common: {', '.join(first)} and {', '.join(second)}")
+    for kind in kinds:
+        check_comparable(first[kind], second[kind], kind)
+    print(f"first:  {describe(folders[0])}\nsecond: {describe(folders[1])}")
+    content: dict[str, Any] = {}
+    for kind in kinds:
+        figures, per_class = compare_outcomes(first[kind], second[kind], args.resamples, args.seed)
+        print(f"\n{KINDS[kind]}, {len(first[kind].image_ids)} images, resampled {args.resamples} times")
+        print(format_differences("figure", figures))
+        if len(per_class) > 1:
+            print(format_differences("AP of class", per_class))
+        plain = {name: dataclasses.asdict(row) for name, row in figures.items()}
+        content[kind] = {**plain, "per_class": {name: dataclasses.asdict(row) for name, row in per_class.items()}}
+    print(f"\n* the interval leaves out 0: more than the choice of images explains (with {LEVEL:.0%} confidence)")
+    if args.json:
+        Path(args.json).write_text(json.dumps(content, indent=1))
+    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.resamples < 2:
+        parser.error(f"--resamples must be at least 2, got {args.resamples}")
+    setup_logging(is_main=True)
+    try:
+        return main(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
