@@ -118,6 +118,54 @@ def _confusion(matches: Matches, num_truths: np.ndarray) -> np.ndarray:
     return matrix
 
 
+@dataclass(frozen=True, eq=False)
+class ImageScores:
+    """How well each image is done: counts of boxes at IoU 0.5, of detections at a score threshold or above.
+
+    Attributes:
+        positions: int64 [I], of the images in the annotations; sorted by image id.
+        objects: int64 [I], objects that count.
+        detections: int64 [I], detections that count; those inside crowds do not.
+        hits: int64 [I], objects found.
+        f1: float64 [I], 2 * hits / (objects + detections); NaN with neither objects nor detections.
+    """
+
+    positions: np.ndarray
+    objects: np.ndarray
+    detections: np.ndarray
+    hits: np.ndarray
+    f1: np.ndarray
+
+    def ranked(self) -> np.ndarray:
+        """Return which images (positions in the arrays) to look at, worst first, int64.
+
+        By F1; of equal ones the one with more mistakes is worse, and without mistakes that with fewer objects.
+        """
+        judged = np.flatnonzero(np.isfinite(self.f1))
+        mistakes = (self.objects + self.detections - 2 * self.hits)[judged]
+        return judged[np.lexsort((self.objects[judged], -mistakes, self.f1[judged]))]
+
+
+def score_images(evaluator: CocoEvaluator, result: EvalResult, score_threshold: float) -> ImageScores:
+    """Count hits and mistakes of every evaluated image; on the first process, for boxes."""
+    num_images = len(evaluator.indices)
+    matches = result.matches["bbox"]
+    matches = matches.take(matches.scores >= score_threshold)
+    positive = (matches.positive & _FIRST_BIT).astype(bool)
+    counts = positive | ~(matches.ignored & _FIRST_BIT).astype(bool)
+    annotations = evaluator.annotations
+    per_image = np.bincount(
+        annotations.object_images(), weights=~evaluator.ignored["bbox"], minlength=len(annotations)
+    ).astype(np.int64)
+    positions = evaluator.indices[result.seen]
+    objects = per_image[positions]
+    detections = np.bincount(matches.images[counts], minlength=num_images)[result.seen]
+    hits = np.bincount(matches.images[positive], minlength=num_images)[result.seen]
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * hits / (objects + detections)
+    return ImageScores(positions, objects, detections, hits, f1)
+
+
 def _images_without_objects(evaluator: CocoEvaluator, result: EvalResult) -> np.ndarray:
     """Return which evaluated images show nothing at all, bool [number of evaluated images]."""
     starts = evaluator.annotations.object_starts

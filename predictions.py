@@ -3,7 +3,7 @@
 import heapq
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,19 @@ def _read_lines(path: Path) -> Iterator[Any]:
     with path.open() as file:
         for line in file:
             yield json.loads(line)
+
+
+def read_results_of_images(path: Path, image_ids: Collection[int]) -> dict[int, list[Record]]:
+    """Return the records of some images from a file that `PredictionWriter` wrote, one per line, parsing only those."""
+    found: dict[int, list[Record]] = {image_id: [] for image_id in image_ids}
+    starts = tuple(f'{{"image_id": {image_id},' for image_id in found)
+    with path.open() as file:
+        for line in file:
+            text = line.lstrip("[")
+            if text.startswith(starts):
+                record = json.loads(text.rstrip(",]\n"))
+                found[record["image_id"]].append(record)
+    return found
 
 
 def read_results(path: Path) -> list[Record]:
