@@ -64,7 +64,7 @@ def write_evaluation(
     examples: list[Example] = []
     if predictions_dir is not None:
         examples = draw_examples(folder, evaluator, images, split, predictions_dir, report.score_threshold)
-    summary = {"epoch": epoch, **describe_scores(scored.result, report, scored.intervals)}
+    summary = {"epoch": epoch, **describe_scores(scored)}
     summary["objects"] = {
         kind: dict(zip(report.class_names, counts[:, 0].tolist())) for kind, counts in scored.result.num_truths.items()
     }

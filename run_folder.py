@@ -1,5 +1,6 @@
 """The folder of a run: where it lies and what is written into it beside checkpoints."""
 
+import contextlib
 import datetime
 import functools
 import json
@@ -143,21 +144,10 @@ def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], 
         scores: See `describe_scores`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]
     if epoch is not None:
-        lines = [line for line in lines if _is_before(line, epoch)]
-    lines.append(json.dumps({"epoch": epoch, "train": averages, **scores}))
-    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _is_before(line: str, epoch: int) -> bool:
-    """Tell whether a line of ``metrics.jsonl`` is of an earlier epoch, or of an evaluation alone."""
-    try:
-        number = json.loads(line)["epoch"]
-    except (ValueError, KeyError):  # cut short
-        return False
-    return number is None or number < epoch
+        lines = [line for line in lines[:-1] if line["epoch"] is None or line["epoch"] < epoch] + lines[-1:]
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _open_events(path: Path) -> Any:
@@ -198,21 +188,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl`` that make one run: an epoch done again takes the place of the first time.
-
-    A line cut off by a full disk or a kill is left out.
-    """
+    """Return the lines of ``metrics.jsonl``; one that was cut off by a full disk or a kill is left out."""
     path = folder / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        epoch = line.get("epoch")
-        if epoch is not None:
-            lines = [other for other in lines if other.get("epoch") is None or other["epoch"] < epoch]
-        lines.append(line)
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
 
 

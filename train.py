@@ -31,6 +31,7 @@ from group_by_aspect_ratio import GroupedBatchSampler
 from models import ARCHITECTURES, ModelSpec
 from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
 from plan import Plan, rehearse
+from report_page import publish
 from resume_check import Probe, check_resume
 from run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
 from safeguards import explain_failure, prepare_process
@@ -116,7 +117,7 @@ def main(
         model, spec = start_model(args, data, checkpoint, distributed)
         evaluation = build_evaluation(args, data, spec, distributed)
         if args.test_only:
-            return test(args, model, evaluation, stop)
+            return test(args, data, model, evaluation, stop)
 
         # Optimizer, schedule, batches
         amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
@@ -224,13 +225,15 @@ def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
     return Evaluation(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
 
 
-def test(args: argparse.Namespace, model: nn.Module, evaluation: Evaluation, stop: StopRequest) -> int:
+def test(args: argparse.Namespace, data: Data, model: nn.Module, evaluation: Evaluation, stop: StopRequest) -> int:
     """Score the model; results are written only where ``--output-dir`` is given."""
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
-    scored = score_model(model, evaluation, stop=stop, predictions_dir=folder if args.save_predictions else None)
+    predictions_dir = folder if args.save_predictions else None
+    scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
     if folder is not None and scored is not None and rank() == 0:
         append_metrics(folder, None, {}, describe_scores(scored))
+        publish(folder, evaluation.evaluator, scored, data.val, epoch=None, predictions_dir=predictions_dir)
     return 0
 
 

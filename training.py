@@ -17,10 +17,11 @@ from execution import broadcast_buffers
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ModelSpec
 from optimization import LearningRate
+from report_page import publish
 from run_folder import RunFolder, describe_scores, versions
 from scoring import Evaluation, score_model
 from stopping import StopRequest, agree_to_stop
-from utils import world_size
+from utils import rank, world_size
 from weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -289,6 +290,7 @@ def train_epoch(
         debug_folder=None if output is None else output.path,
         **step_options,
     )
+    state.averages["lr"] = state.optimizer.param_groups[0]["lr"]
     is_whole = progress.batches == sampler.num_batches
     if is_whole:
         progress.epoch, progress.batches = progress.epoch + 1, 0
@@ -312,6 +314,10 @@ def evaluate_epoch(
     is_best = state.note_best(options.best_metric)
     progress.to_score = False
     if output is not None:
-        output.add_epoch(progress.epoch - 1, state.averages, state.metrics)
-        output.save(state.content(), epoch_done=progress.epoch - 1, is_best=is_best)
+        epoch, evaluator = progress.epoch - 1, evaluation.evaluator
+        output.add_epoch(epoch, state.averages, state.metrics)
+        if rank() == 0:
+            val = state.data.val
+            publish(output.path, evaluator, scored, val, epoch=epoch, predictions_dir=predictions_dir, is_best=is_best)
+        output.save(state.content(), epoch_done=epoch, is_best=is_best)
     return True

@@ -65,7 +65,7 @@ def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions
     writer.close()
     result = evaluator.compute()
     scored = Scored(result, build_report(evaluator, result), metric_intervals(evaluator, result))
-    scores = describe_scores(result, scored.report, scored.intervals)
+    scores = describe_scores(scored)
     append_metrics(run_dir, epoch, {"loss": 1.0, "lr": 0.1, "seconds": 1.0}, scores)
     predictions_dir = run_dir if with_predictions else None
     publish(run_dir, evaluator, scored, data.val, epoch=epoch, predictions_dir=predictions_dir, **options)
