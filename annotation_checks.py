@@ -5,6 +5,7 @@ its field as an array, so that a record is read once; `coco_utils` puts the arra
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
@@ -44,7 +45,18 @@ def flat_floats(rows: Any) -> np.ndarray:
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def check_categories(categories: Sequence[Record], rules: Rules, findings: Findings) -> dict[int, str]:
@@ -131,6 +143,10 @@ def check_objects(
             categories[n] = category_id
         if id_ is None:
             continue
+        if not isinstance(id_, (int, str)):
+            problem = f"expected an integer id, got {_short(id_)}"
+            findings.error("object", rules.object_place(n), problem, "fix it", obj=n)
+            continue
         if id_ in first_with:
             problem = f"annotation id {id_} is also that of {rules.object_place(first_with[id_])}"
             findings.error("object", rules.object_place(n), problem, "give every annotation its own id", obj=n)
@@ -142,18 +158,19 @@ def _number_rows(objects: Sequence[Record], name: str, length: int, rules: Rules
     """Return field ``name`` of every object as float64 [N, length]; an entry that is no such list holds zeros."""
     try:
         rows = np.array([record[name] for record in objects], dtype=np.float64).reshape(len(objects), -1)
-        if rows.shape[1] == length and np.isfinite(rows).all():
+        are_numbers = set(map(type, itertools.chain.from_iterable(r[name] for r in objects))) <= {int, float}
+        if are_numbers and rows.shape[1] == length and np.isfinite(rows).all():
             return rows
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     rows = np.zeros((len(objects), length))
     for n, record in enumerate(objects):
         value = record.get(name)
         numbers = value if isinstance(value, list) else []
-        if len(numbers) != length or not all(isinstance(v, (int, float)) for v in numbers):
+        if len(numbers) != length or not all(map(_is_number, numbers)):
             problem = f"{name} is {_short(value)}, expected {length} numbers"
             findings.error("object", rules.object_place(n), problem, "fix or remove the object", obj=n)
-        elif not np.isfinite(np.array(numbers, dtype=np.float64)).all():
+        elif not all(map(_is_finite, numbers)):
             problem = f"{name} is {_short(value)}, expected finite numbers"
             findings.error("object", rules.object_place(n), problem, "fix or remove the object", obj=n)
         else:
@@ -281,7 +298,7 @@ def check_flags(objects: Sequence[Record], rules: Rules, findings: Findings) -> 
             is_crowd[n] = crowd
         if area is None:
             continue
-        if not isinstance(area, (int, float)) or not np.isfinite(area) or area < 0:
+        if not _is_number(area) or not _is_finite(area) or area < 0:
             problem = f"area is {_short(area)}, expected a number of square pixels"
             findings.error("object", rules.object_place(n), problem, "correct it or leave it out", obj=n)
         else:
@@ -341,7 +358,7 @@ def _objects_with_odd_polygons(polygons: list[list[list[float]]]) -> list[int]:
     flat = itertools.chain.from_iterable(polygons)
     try:
         all_finite = bool(np.isfinite(flat_floats(flat)).all())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         all_finite = False
     if not all_finite:  # look at every polygon
         return [n for n, points in enumerate(polygons) if points]
@@ -354,7 +371,7 @@ def _usable_polygons(n: int, polygons: list[list[Any]], rules: Rules, findings: 
     for points in polygons:
         try:
             finite = bool(np.isfinite(np.array(points, dtype=np.float64)).all())
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite or len(points) % 2:
             problem = f"polygon {_short(points)} is not an even number of finite numbers"

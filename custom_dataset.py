@@ -236,9 +236,14 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
     _look_for_unrotated_boxes(header.orientation, record, content.objects, image, findings)
 
 
+def _is_box(box: Any) -> bool:
+    """Tell whether this is a list of four numbers, of whatever size."""
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+
+
 def _as_xywh(box: Any) -> Any:
     """Return [x, y, width, height] of [x1, y1, x2, y2]; what is no such list is left for the checks to name."""
-    if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
+    if _is_box(box):
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     return box
 
@@ -264,7 +269,7 @@ def _look_for_unrotated_boxes(
     orientation: int, image: Record, objects: list[Record], path: Path, findings: Findings
 ) -> None:
     """Report an EXIF-rotated picture whose boxes fit only the picture as it is stored."""
-    boxes = [o["bbox"] for o in objects if o["image_id"] == image["id"] and len(o["bbox"]) == 4]
+    boxes = [o["bbox"] for o in objects if o["image_id"] == image["id"] and _is_box(o["bbox"])]
     if orientation < 5 or not boxes:
         return
     height, width = image["height"], image["width"]
