@@ -15,7 +15,7 @@ from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
 from detection_dataset import ImageFolder, ImageSource, LabelMap
 from findings import Findings
-from image_checks import check_decoding, check_files
+from image_checks import check_decoding, check_files, check_headers
 from keypoints import COCO_PERSON_KEYPOINTS, Skeleton, check_flip_order, choose_sigmas, flip_order, infer_flip_pairs
 from shapes_dataset import ShapeDrawer, shapes_annotations
 
@@ -95,6 +95,8 @@ def load_coco_split(
     )
     findings = Findings(on_bad_data)
     check_files(annotations, paths.images, findings)
+    present = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
+    check_headers(annotations, paths.images, findings, cache_dir=cache_dir, indices=present)
     findings.raise_errors()
     _log_warnings((*annotations.warnings, *findings.warnings()))
     names = annotations.keypoint_names

@@ -1,4 +1,4 @@
-"""Do the image files of a dataset exist, lie below their folder, and decode?"""
+"""Do the image files of a dataset exist, lie below their folder, have the right size, and decode?"""
 
 import concurrent.futures
 import hashlib
@@ -13,9 +13,15 @@ from tqdm import tqdm
 
 from annotations import Annotations, default_cache_dir
 from findings import Findings
-from images import BadImageError, read_image
+from images import BadImageError, read_header, read_image
 
 logger = logging.getLogger(__name__)
+
+
+# The headers of larger sets are not read at the start: on a network disk that takes longer than it is worth.
+MAX_HEADERS = 20_000
+
+_END_OF_JPEG, _END_OF_PNG = b"\xff\xd9", b"IEND"
 
 
 def check_files(annotations: Annotations, root: Path, findings: Findings) -> None:
@@ -46,6 +52,53 @@ def _list_folder(folder: Path, real_root: Path) -> dict[str, bool]:
             and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(real_root))
             for entry in entries
         }
+
+
+def check_headers(
+    annotations: Annotations,
+    root: Path,
+    findings: Findings,
+    *,
+    cache_dir: Path | None = None,
+    indices: np.ndarray | None = None,
+) -> None:
+    """Report images that are cut off, no images, or of another size than their annotations, without decoding them.
+
+    Looks at sets of up to `MAX_HEADERS` images; of larger ones a bad file is named when it is read. Files found good
+    are remembered as in `check_decoding`.
+    """
+    chosen = np.arange(len(annotations)) if indices is None else indices
+    if len(chosen) > MAX_HEADERS:
+        return
+    memory = FileMemory("headers", root, cache_dir)
+    sizes = {i: [int(annotations.heights[i]), int(annotations.widths[i])] for i in chosen.tolist()}
+    todo = [i for i, size in sizes.items() if memory.get(root / annotations.file_name(i)) != size]
+    for i in todo:
+        path = root / annotations.file_name(i)
+        problem = _header_problem(path, (sizes[i][0], sizes[i][1]))
+        if problem is None:
+            memory.put(path, sizes[i])
+        else:
+            findings.error("broken image", str(path), problem, "replace the file or correct its entry", image=i)
+    if todo:
+        memory.save()
+
+
+def _header_problem(path: Path, size: tuple[int, int]) -> str | None:
+    """Say what is wrong with an image file of the expected (height, width), or return None."""
+    try:
+        header = read_header(path)
+        if size not in ((header.height, header.width), header.shown_size):
+            found = f"{header.width} x {header.height} (width x height)"
+            return f"the image is {found}, its annotations say {size[1]} x {size[0]}"
+        with path.open("rb") as file:
+            file.seek(-min(12, path.stat().st_size), os.SEEK_END)
+            tail = file.read()
+        if not tail.endswith(_END_OF_JPEG) and _END_OF_PNG not in tail:  # cut off, or one of the rarer formats
+            read_image(path, size, apply_exif=False)
+    except BadImageError as error:
+        return str(error).partition(": ")[2]
+    return None
 
 
 def check_decoding(
