@@ -87,7 +87,7 @@ class DeviceLoader:
             yield self._hand_over(images, targets)
 
     def _watched(self) -> Iterator[PackedBatch]:
-        """Yield packed batches; a process that does not come back for the next one prints its stacks."""
+        """Yield packed batches; a process that does not come back for the next one is ended."""
         watch = HangWatch()
         try:
             for batch in self.loader:

@@ -4,6 +4,7 @@ Open files, shared memory, stuck processes. Nothing here decides whether a run g
 """
 
 import contextlib
+import errno
 import faulthandler
 import logging
 import resource
@@ -21,10 +22,13 @@ logger = logging.getLogger(__name__)
 # More open files than this help nobody, and some container limits are a billion.
 MAX_OPEN_FILES = 1 << 20
 
-# A process that gets no further for so long prints its stacks: shortly before the others give up waiting for it.
+# A process that gets no further for so long prints its stacks and ends: shortly before the others give up on it.
 HANG_SECONDS = 28 * 60
 
 SHARED_MEMORY = Path("/dev/shm")
+
+# What gloo says, in the process that is left, when another one has gone or hangs.
+_LOST_PEER = ("gloo", "onnection closed by peer", "pair closure", "Timed out waiting")
 
 
 def prepare_process() -> None:
@@ -40,7 +44,10 @@ def prepare_process() -> None:
 
 
 class HangWatch:
-    """Prints all stacks when `alive` has not been called for `HANG_SECONDS`, so that a hang can be understood."""
+    """Prints all stacks and ends the process when `alive` has not been called for `HANG_SECONDS`.
+
+    The last resort: a DataLoader that fetches a batch's memory from a stuck process waits without a timeout.
+    """
 
     def __init__(self) -> None:
         self.armed_at = -1.0
@@ -49,7 +56,7 @@ class HangWatch:
         """Say that there is progress; cheap enough for every step."""
         now = time.monotonic()
         if self.armed_at < 0 or now - self.armed_at > 1:  # arming starts a thread
-            faulthandler.dump_traceback_later(HANG_SECONDS, file=sys.__stderr__ or sys.stderr)
+            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
             self.armed_at = now
 
     def end(self) -> None:
@@ -91,12 +98,17 @@ def explain_failure(error: BaseException) -> str | None:
             f"{lines[0]}: a disk that does not answer, or a full {SHARED_MEMORY} ({_free_shared_memory()}; docker "
             "run --shm-size=8g); --workers 0 shows which, and --resume auto continues"
         )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return (
+            f"{lines[0]}: {SHARED_MEMORY} is full ({_free_shared_memory()}); lower --workers, or give the container "
+            "more (docker run --shm-size=8g)"
+        )
     if "ancdata" in text or "Too many open files" in text:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files (limit {soft}, at most {hard}); raise it with ulimit -n, or lower --workers"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{lines[0]} Lower --batch-size or --min-size, or train with --amp; --resume auto continues"
-    if isinstance(error, dist.DistError) or "gloo" in text or "onnection closed by peer" in text:
+    if isinstance(error, dist.DistError) or any(sign in text for sign in _LOST_PEER):
         return (
             f"another process of this run has ended or does not answer ({lines[0]}); its own message says why. "
             "The same command with --resume auto continues from the last checkpoint"
