@@ -268,9 +268,8 @@ def key_of(step):
 class Campaign:
     """One run through all faults, beside what the run without faults computed."""
 
-    def __init__(self, folder, model, data, reference, rng):
-        self.folder, self.model, self.rng, self.reference = folder, model, rng, reference
-        self.flags = flags_for(model, data)
+    def __init__(self, folder, model, flags, reference, rng):
+        self.folder, self.model, self.flags, self.reference, self.rng = folder, model, flags, reference, rng
         self.count = 0
 
     def launch(self, fault=None):
@@ -398,8 +397,8 @@ def result_of(job):
     return hash_state(load_checkpoint(newest(job))["model"]), [(line["epoch"], line["bbox"]) for line in lines]
 
 
-def run_without_faults(folder, model, data):
-    job = start(folder / "trace", folder / "out", flags_for(model, data))
+def run_without_faults(folder, flags):
+    job = start(folder / "trace", folder / "out", flags)
     codes = job.end(900)
     assert codes == [0, 0], f"the run without faults ended with {codes}\n{job.log()}"
     steps = job.steps(0)
@@ -417,12 +416,12 @@ def run_matrix(models, instants, seed, only=(), folder=None):
         data = draw_coco(Path(name) / "coco", num_images=NUM_IMAGES)
         for model in models:
             begun = time.time()
-            reference = run_without_faults(Path(name) / model, model, data)
+            reference = run_without_faults(Path(name) / model, flags_for(model, data))
             print(f"{model}: without faults {time.time() - begun:.0f} s", flush=True)
             for instant in range(instants):
                 rng = random.Random(f"{seed} {model} {instant}")
                 place = Path(name) / f"{model}-{instant}"
-                campaign = Campaign(place, model, data, reference, rng)
+                campaign = Campaign(place, model, flags_for(model, data), reference, rng)
                 outcomes += campaign.run(faults)
     return outcomes
 

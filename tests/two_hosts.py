@@ -1,0 +1,118 @@
+"""Two hosts for real, as network namespaces: one is killed and brought back, and the run goes on to the last bit.
+
+    sudo python -m tests.two_hosts
+
+Needs root and ``ip``. Each host runs ``torchrun --nnodes=2``; they meet on a link of their own.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from conftest import draw_coco  # noqa: E402
+from fault_jobs import children, send, start  # noqa: E402
+from faults import MODELS, NUM_IMAGES, flags_for, key_of, result_of, run_without_faults  # noqa: E402
+
+HOSTS = ("detection-a", "detection-b")
+ADDRESSES = ("10.77.31.1", "10.77.31.2")
+LINKS = ("det-veth-a", "det-veth-b")
+
+
+def ip(*words, check=True):
+    return subprocess.run(["ip", *words], check=check, capture_output=True)
+
+
+def make_hosts():
+    ip("link", "add", LINKS[0], "type", "veth", "peer", "name", LINKS[1])
+    for host, link, address in zip(HOSTS, LINKS, ADDRESSES):
+        ip("netns", "add", host)
+        ip("link", "set", link, "netns", host)
+        ip("-n", host, "addr", "add", f"{address}/24", "dev", link)
+        ip("-n", host, "link", "set", link, "up")
+        ip("-n", host, "link", "set", "lo", "up")
+
+
+def remove_hosts():
+    ip("link", "del", LINKS[0], check=False)
+    for host in HOSTS:
+        ip("netns", "del", host, check=False)
+
+
+def start_host(number, folder, out, flags):
+    launcher = ["--nnodes=2", "--max-restarts=4", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29533"]
+    launcher += ["--rdzv-id=two-hosts", f"--rdzv-conf=is_host={int(number == 0)}", f"--local-addr={ADDRESSES[number]}"]
+    env = {"GLOO_SOCKET_IFNAME": LINKS[number]}
+    prefix = ("ip", "netns", "exec", HOSTS[number])
+    return start(folder, out, flags, processes=1, torchrun=launcher, env=env, prefix=prefix)
+
+
+def all_steps(jobs):
+    return sorted((step for job in jobs for step in job.events("step")), key=lambda step: step["time"])
+
+
+def wait_for_step_after(moment, jobs, seconds):
+    end = time.time() + seconds
+    while time.time() < end:
+        later = [step for step in all_steps(jobs) if step["time"] > moment]
+        if len({step["rank"] for step in later}) == 2:
+            return later[0]["time"]
+        time.sleep(0.05)
+    return None
+
+
+def run(kills, seed=0, away=3.0):
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = draw_coco(folder / "coco", num_images=NUM_IMAGES)
+        flags, out = flags_for(MODELS[0], data), folder / "out"
+        reference = run_without_faults(folder / "alone", flags)
+        hosts = [start_host(number, folder / f"host{number}", out, flags) for number in (0, 1)]
+        jobs, times = list(hosts), []
+        for kill in range(kills):
+            count = len(all_steps(jobs)) + 2 * rng.randint(2, 6)
+            hosts[0].wait_for(lambda count=count: len(all_steps(jobs)) >= count)
+            time.sleep(rng.random())
+            killed = time.time()
+            for pid in [*children(hosts[1].processes[0].pid), hosts[1].processes[0].pid]:
+                send(pid, signal.SIGKILL)
+            hosts[1].end()
+            time.sleep(away)
+            back = time.time()
+            hosts[1] = start_host(1, folder / f"host1-{kill}", out, flags)
+            jobs.append(hosts[1])
+            resumed = wait_for_step_after(back, jobs, 120)
+            used = max(int(event["restarts"]) for event in hosts[0].events("start"))
+            after = "never" if resumed is None else f"{resumed - back:.1f} s after it was back"
+            print(f"kill {kill + 1}: host b killed, back after {away:.0f} s; first step {after}; "
+                  f"{resumed and resumed - killed:.1f} s after the kill; restarts so far {used}", flush=True)  # fmt: skip
+            if resumed is None:
+                print("\n".join(job.log()[-3000:] for job in jobs))
+                break
+            times.append(resumed - back)
+        codes = [host.end(600) for host in hosts]
+        steps = all_steps(jobs)
+        wrong = sum(reference["losses"].get(key_of(step)) != step["losses"] for step in steps)
+        same = result_of(hosts[0]) == reference["result"]
+        print(f"{len(times)} of {kills} kills recovered, {used} restarts, exit codes {codes}; {len(steps)} steps, "
+              f"{wrong} with other losses; weights and scores at the end as on one host: {same}")  # fmt: skip
+        return 0 if len(times) == kills and not wrong and same else 1
+
+
+def main():
+    remove_hosts()
+    make_hosts()
+    try:
+        return run(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    finally:
+        remove_hosts()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
