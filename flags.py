@@ -146,7 +146,9 @@ def _add_checkpoints_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-checkpoints", default=3, type=int, metavar="N", help="model_N.pth files that stay; 0: all"
     )
-    group.add_argument("--checkpoint-every", type=int, metavar="N", help="also save every N updates")
+    group.add_argument(
+        "--checkpoint-every", type=_interval, metavar="N", help="also save every N updates; every N minutes: 15m"
+    )
     group.add_argument("--resume", default="", help="checkpoint to continue; auto: the newest one in --output-dir")
     group.add_argument(
         "--verify-resume",
@@ -191,6 +193,14 @@ def _optimizer_name(text: str) -> str:
     return text
 
 
+def _interval(text: str) -> int | str:
+    """Read --checkpoint-every: a number of updates, or minutes such as 15m."""
+    number = text.removesuffix("m")
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected updates, such as 500, or minutes, such as 15m")
+    return text if text.endswith("m") else int(number)
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line on stderr and exit code 2 where flags contradict each other or name what does not exist."""
     for name in ("epochs", "print_freq", "eval_batch_size", "accumulate"):
@@ -203,7 +213,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--verify-resume {args.verify_resume}: must be at least 2")
     if args.verify_resume and (args.test_only or args.resume == "auto"):
         parser.error("--verify-resume trains: it goes with --resume FILE or without, not with --test-only or auto")
-    for name in ("checkpoint_every", "warmup_iters", "max_dets", "clip_grad_norm"):
+    for name in ("warmup_iters", "max_dets", "clip_grad_norm"):
         value = getattr(args, name)
         if value is not None and value < (0 if name == "warmup_iters" else 1e-12):
             parser.error(f"--{name.replace('_', '-')} {value}: must be positive")

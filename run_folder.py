@@ -91,6 +91,7 @@ class RunFolder:
         self.lock = lock_folder(path) if rank() == 0 else None
         self.checkpoints = CheckpointFolder(path / "weights", keep) if rank() == 0 else None
         self.events = _open_events(path) if rank() == 0 else None
+        self.saved_at = time.monotonic()
 
     @property
     def last_save_failed(self) -> bool:
@@ -101,6 +102,7 @@ class RunFolder:
         """Write a checkpoint, see `CheckpointFolder.save`."""
         if self.checkpoints is not None:
             self.checkpoints.save(content, epoch_done=epoch_done, is_best=is_best)
+        self.saved_at = time.monotonic()
 
     def write_args(self, flags: dict[str, Any]) -> None:
         """Write ``args.json``: flags, command line, versions, git commit of the suite, host and time."""

@@ -185,7 +185,7 @@ class EpochOptions:
         eval_every: Epochs between evaluations, the last one always; 0 for none.
         best_metric: What "best" means, see `TrainingState.note_best`.
         early_stop: End after so many evaluations without a better one; 0 for never.
-        checkpoint_every: Updates between checkpoints inside an epoch; None for none.
+        checkpoint_every: Between checkpoints inside an epoch: updates, or minutes such as ``15m``; None for none.
         save_predictions: Write detections on the validation images.
     """
 
@@ -193,12 +193,18 @@ class EpochOptions:
     eval_every: int = 1
     best_metric: str = "bbox/AP"
     early_stop: int = 0
-    checkpoint_every: int | None = None
+    checkpoint_every: int | str | None = None
     save_predictions: bool = False
 
     def wants_evaluation(self, done: int) -> bool:
         """Return whether the model is to be scored after ``done`` epochs."""
         return self.eval_every > 0 and (done % self.eval_every == 0 or done == self.epochs)
+
+    def wants_checkpoint(self, updates: int, seconds: float) -> bool:
+        """Return whether to save inside an epoch, after so many updates and so long after the last time."""
+        if isinstance(self.checkpoint_every, str):
+            return seconds >= 60 * int(self.checkpoint_every.removesuffix("m"))
+        return self.checkpoint_every is not None and updates % self.checkpoint_every == 0
 
 
 def train_epochs(
@@ -275,7 +281,7 @@ def train_epoch(
     def after_update() -> None:
         if state.average is not None:
             state.average.update(state.model, progress.updates)
-        if output is not None and options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
+        if output is not None and options.wants_checkpoint(progress.updates, time.monotonic() - output.saved_at):
             output.save(state.content())
 
     state.averages = train_one_epoch(

@@ -57,6 +57,14 @@ def test_evaluations_are_due(every, epochs, scored):
     assert [n for n in range(1, epochs + 1) if options.wants_evaluation(n)] == scored
 
 
+@pytest.mark.parametrize(
+    ("every", "updates", "seconds", "due"),
+    [(None, 10, 1e6, False), (5, 10, 0, True), (5, 11, 1e6, False), ("2m", 5, 119, False), ("2m", 7, 120, True)],
+)
+def test_checkpoints_inside_an_epoch_are_due(every, updates, seconds, due):
+    assert EpochOptions(epochs=1, checkpoint_every=every).wants_checkpoint(updates, seconds) is due
+
+
 def test_the_average_follows_its_formula():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     average = WeightAverage(model, decay=0.5)
@@ -204,6 +212,8 @@ def test_a_full_disk_is_found_before_the_first_step(drawn_coco, tmp_path, monkey
     [
         (["--ema", "1.5"], "--ema 1.5: expected a decay between 0 and 1"),
         (["--best-metric", "segm/AP", "--model", "ssd300_vgg16"], "expected one of bbox/AP"),
+        (["--checkpoint-every", "0"], "expected updates, such as 500, or minutes, such as 15m"),
+        (["--checkpoint-every", "5h"], "expected updates, such as 500, or minutes, such as 15m"),
         (["--early-stop", "-1"], "--early-stop -1: must not be negative"),
     ],
 )
