@@ -100,7 +100,7 @@ def format_report(
     args: argparse.Namespace, trial: Trial, warnings: list[Observation], facts: dict[str, list[str]]
 ) -> str:
     """Return all of it as text: the data, errors, warnings, and whether training may start."""
-    lines: list[str] = []
+    lines = [f"dataset {args.dataset} for {args.model}", ""]
     if trial.data is not None:
         for role, split in (("train", trial.data.train), ("val", trial.data.val)):
             if split is not None:

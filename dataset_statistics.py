@@ -155,14 +155,13 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
     return seen
 
 
-def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, model: str) -> list[Observation]:
+def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) -> list[Observation]:
     """Look for objects that are tiny or huge after the model's resize, and for boxes that no anchor reaches.
 
     Args:
         part: The objects.
         resized: They after the model's resize.
         reach: Of the model's anchors for them.
-        model: Its name.
     """
     sides = resized.boxes[:, 2:] - resized.boxes[:, :2]
     short = sides.min(axis=1)
@@ -172,7 +171,7 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, mo
 
     share = (part.boxes[:, 2:] - part.boxes[:, :2]).prod(axis=1) / part.sizes.prod(axis=1)
     seen = observe_worst(
-        f"objects are narrower than {reach.stride:g} pixels after the resize of {model}, one cell of its finest map",
+        f"objects are narrower than {reach.stride:g} pixels (a cell of the finest map) after the model's resize",
         np.where(short < reach.stride, -short, np.nan),
         shown,
         "they are hard to find; a larger --min-size, a model with finer maps, or pictures cut into parts help",
@@ -185,14 +184,14 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, mo
     )
     if reach.wanted == 1:  # FCOS: points instead of anchors
         seen += observe_worst(
-            f"objects are trained on by no location of {model}",
+            "objects are trained on by no location of FCOS",
             np.where(reach.best == 0, -short, np.nan),
             shown,
             "they are too thin or too small between its points; a larger --min-size or a model with anchors helps",
         )
     else:
         seen += observe_worst(
-            f"objects have no anchor of {model} with even IoU {reach.least:g}",
+            f"objects have no anchor with even IoU {reach.least:g}",
             np.where(reach.best < reach.least, -reach.best, np.nan),
             lambda n: f"{shown(n)}, its best anchor has IoU {reach.best[n]:.2f}",
             "each is trained on by that one alone; another --min-size, or a model with other anchors helps",
@@ -200,14 +199,14 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, mo
     return seen
 
 
-def describe_sizes(resized: ObjectSizes, reach: AnchorReach, model: str) -> list[str]:
+def describe_sizes(resized: ObjectSizes, reach: AnchorReach) -> list[str]:
     """Return lines about size and anchors of all objects."""
     if not len(reach.best):
         return []
     sides = resized.boxes[:, 2:] - resized.boxes[:, :2]
     (width, height), (low, high) = np.median(sides, axis=0), np.quantile(sides.max(axis=1), (0.05, 0.95))
     lines = [
-        f"objects after the resize of {model}: {width:.0f} x {height:.0f} pixels in the median, "
+        f"objects after the model's resize: {width:.0f} x {height:.0f} pixels in the median, "
         f"longer sides from {low:.0f} (5 %) to {high:.0f} (95 %)"
     ]
     if reach.wanted < 1:

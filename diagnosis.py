@@ -262,12 +262,12 @@ def look_at_objects(
     for role, part in parts.items():
         resized = resize_objects(model, part.boxes, part.sizes[:, 1], part.sizes[:, 0])
         reach = reach_of_anchors(model, resized)
-        facts[role] = describe_split(part) + describe_sizes(resized, reach, spec.name)
+        facts[role] = describe_split(part) + describe_sizes(resized, reach)
         of_part = check_box_format(part)
         of_part += check_repeated_objects(part)
         of_part += check_segmentations_against_boxes(part)
         of_part += check_keypoint_labels(part) if spec.num_keypoints else []
-        of_part += check_sizes(part, resized, reach, spec.name) if role == "train" else []
+        of_part += check_sizes(part, resized, reach) if role == "train" else []
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
         facts["keypoints"] = describe_keypoints(list(parts.values()))

@@ -3,18 +3,22 @@
 A `Finding` is one place that is wrong; an `Observation` is all places of one sort together.
 """
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from findings import Finding
+from findings import LINES_PER_KIND, Finding
 
 # So many examples of one sort are shown; the rest is counted.
 NUM_EXAMPLES = 5
 
 LINE_WIDTH = 120
+
+# How `findings.shorten` counts what it leaves out.
+MORE_OF_KIND = r"\.\.\. and (\d+) more of kind "
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,22 @@ def group_lines(lines: Iterable[str]) -> list[Observation]:
     """Put warnings that end with the same remedy together; a line without a remedy stays alone."""
     remedies: dict[str, list[str]] = {}
     rest: list[Observation] = []
+    left_out: list[int] = []
     for line in lines:
         text, _, remedy = line.rpartition("; ")
+        more = re.match(MORE_OF_KIND, line)
         if text:
             remedies.setdefault(remedy, []).append(text)
+        elif more:
+            left_out.append(int(more[1]))
         else:
             rest.append(Observation(line))
+    counts = {remedy: len(texts) for remedy, texts in remedies.items()}
+    cut = [remedy for remedy, count in counts.items() if count >= LINES_PER_KIND]
+    for remedy, more_of_it in zip(cut, left_out):  # both are in the order in which kinds were found
+        counts[remedy] += more_of_it
     grouped = [
-        Observation(f"{len(texts)} where {remedy}", tuple(texts[:NUM_EXAMPLES]), "", len(texts))
+        Observation(f"{counts[remedy]} where {remedy}", tuple(texts[:NUM_EXAMPLES]), "", counts[remedy])
         for remedy, texts in remedies.items()
     ]
     return [*grouped, *rest]
@@ -105,4 +117,5 @@ def format_facts(lines: Iterable[str], indent: str = "") -> list[str]:
 
 
 def _wrap(text: str, first: str, later: str) -> list[str]:
-    return textwrap.wrap(text, LINE_WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False)
+    wrapper = textwrap.TextWrapper(LINE_WIDTH, first, later, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text)
