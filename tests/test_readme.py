@@ -6,6 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT, draw_coco
 
+import check_dataset
 import score
 import sigmas
 import train
@@ -57,7 +58,7 @@ def test_every_flag_is_in_the_readme_and_every_flag_of_the_readme_exists():
     missing = sorted(option for option in options if f"`{option}" not in README)
     assert not missing
     mentioned = set(re.findall(r"`(--[a-z][a-z0-9-]*)", README)) - {"--check", "--nproc_per_node"}
-    for other in (score, sigmas):
+    for other in (score, sigmas, check_dataset):
         options |= set(re.findall(r'"(--[a-z][a-z-]*)"', (ROOT / f"{other.__name__}.py").read_text()))
     mentioned = {option for option in mentioned if not option.startswith("--no-")}
     assert mentioned <= options | {"--dist", "--check"}, mentioned - options
