@@ -192,8 +192,10 @@ def _learning_curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     train = [line.get("train", {}) for line in lines]
     names = dict.fromkeys(name for averages in train for name in averages if name not in NO_LOSSES)
     losses = {name.removeprefix("loss_"): [averages.get(name) for averages in train] for name in names}
+    if any("val_loss" in line for line in lines):
+        losses["validation"] = [line.get("val_loss", {}).get("loss") for line in lines]
     if losses:
-        curves.append(("Training loss", plots.plot_lines(epochs, losses, label="loss")))
+        curves.append(("Loss", plots.plot_lines(epochs, losses, label="loss")))
     if any("lr" in averages for averages in train):
         rates = {"lr": [averages.get("lr") for averages in train]}
         curves.append(("Learning rate", plots.plot_lines(epochs, rates, label="learning rate")))

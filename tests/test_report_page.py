@@ -1,5 +1,6 @@
 """The page stands alone, shows the files' numbers, and is made from whatever is there."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -110,3 +111,14 @@ def test_a_damaged_line_of_metrics_is_left_out(run_dir, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([*lines, lines[0][:50]]))
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_validation_losses_stand_beside_those_of_training(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("plots.plot_lines", lambda epochs, lines, **_: drawn.append((epochs, lines)) or b"")
+    lines = [{"epoch": 0, "train": {"loss": 2.0, "lr": 0.1}, "val_loss": {"loss": 3.0}}]
+    lines += [{"epoch": 1, "train": {"loss": 1.0, "lr": 0.1}}, {"epoch": None, "train": {}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page(tmp_path)
+    assert ([0, 1], {"loss": [2.0, 1.0], "validation": [3.0, None]}) in drawn
+    assert ([0, 1], {"lr": [0.1, 0.1]}) in drawn
