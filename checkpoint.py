@@ -227,6 +227,8 @@ def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | No
         newest = path, load_checkpoint(path)
     if newest is not None:
         logger.info("continuing from %s", newest[0])
+    elif output_dir is not None and (output_dir / "weights" / NEWEST).exists():
+        logger.warning("%s holds another run, whose files training replaces; --resume auto continues it", output_dir)
     check_same_everywhere("checkpoint", json.dumps(newest[1]["progress"] if newest else None))
     return newest[1] if newest else None
 

@@ -54,7 +54,12 @@ def test_every_flag_is_in_the_readme_and_every_flag_of_the_readme_exists():
     options = {o for o in options if not o.startswith("--no-")} - {"--help", "--wd", "--start_epoch"}
     missing = sorted(option for option in options if f"`{option}" not in README)
     assert not missing
-    mentioned = set(re.findall(r"`(--[a-z][a-z0-9-]*)", README)) - {"--check", "--nproc_per_node", "--max-restarts", "--rdzv-endpoint"}
+    mentioned = set(re.findall(r"`(--[a-z][a-z0-9-]*)", README)) - {
+        "--check",
+        "--nproc_per_node",
+        "--max-restarts",
+        "--rdzv-endpoint",
+    }
     for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests" / "faults.py"]:
         options |= set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text()))
     mentioned = {option for option in mentioned if not option.startswith("--no-")}

@@ -176,6 +176,28 @@ def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsy
     assert [line["epoch"] for line in lines(out)] == [0, 1]
 
 
+def test_checkpoints_inside_an_epoch_come_by_updates_or_by_the_clock(drawn_coco, tmp_path, monkeypatch):
+    from checkpoint import CheckpointFolder
+
+    saved, save = [], CheckpointFolder.save
+
+    def noting(self, content, **options):
+        saved.append(content["progress"]["batches"])
+        return save(self, content, **options)
+
+    monkeypatch.setattr(CheckpointFolder, "save", noting)
+    for flags, expected in (([], []), (["--checkpoint-every", 2], [2]), (["--checkpoint-every", "1m"], [])):
+        saved.clear()
+        train_once(drawn_coco, tmp_path / str(len(flags)), "--batch-size", "2", "--eval-every", "0", *flags)
+        assert [batches for batches in saved if batches] == expected
+
+
+def test_a_new_run_in_the_folder_of_another_says_so(drawn_coco, tmp_path, capsys):
+    for count in range(2):
+        train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--eval-every", "0")
+        assert ("holds another run" in capsys.readouterr().out) == bool(count)
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "3")
