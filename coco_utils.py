@@ -3,10 +3,11 @@
 Records are checked by `annotation_checks`; folders are brought into COCO's records first, by `custom_dataset`.
 """
 
+import contextlib
 import gc
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,10 @@ def read_json(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_JSON_BYTES}", "split the file")
-    was_enabled = gc.isenabled()
-    gc.disable()  # parsing makes millions of objects, none of them garbage: 1.6 times faster without the collector
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
+        with _collector_off():
+            text = path.read_text(encoding="utf-8-sig")
+            return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
     except json.JSONDecodeError as error:
         raise fail(f"not valid json at line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -71,6 +71,15 @@ def read_json(path: Path) -> Any:
         raise fail("nested too deeply") from None
     except ValueError as error:
         raise fail(str(error)) from None
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Do without the garbage collector: of millions of parsed objects none is garbage, and each round visits all."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
@@ -83,15 +92,16 @@ def read_coco(path: Path, *, on_bad_data: str = "error", needs_masks: bool = Fal
         FileNotFoundError: There is no such file.
         BadDataError: What is wrong with it, all findings at once.
     """
-    content = read_json(path)
-    findings = Findings(on_bad_data)
-    images, objects, categories = _sections(path, content)
-    rules = Rules(
-        str(path),
-        image_place=lambda i: f"{path}: images[{i}]",
-        object_place=lambda n: f"{path}: annotations[{n}] (id {objects[n].get('id')})",
-    )
-    return annotations_from_records(images, objects, categories, rules, findings, needs_masks=needs_masks)
+    with _collector_off():
+        content = read_json(path)
+        findings = Findings(on_bad_data)
+        images, objects, categories = _sections(path, content)
+        rules = Rules(
+            str(path),
+            image_place=lambda i: f"{path}: images[{i}]",
+            object_place=lambda n: f"{path}: annotations[{n}] (id {objects[n].get('id')})",
+        )
+        return annotations_from_records(images, objects, categories, rules, findings, needs_masks=needs_masks)
 
 
 def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], list[Record]]:

@@ -1,14 +1,16 @@
 """Simple Copy-Paste (https://arxiv.org/abs/2012.07177): objects of one image pasted onto its neighbour in the batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
 
 from detection_dataset import Sample
 from masks import MaskBlock, block_from_mask, paste_blocks
-from packing import PackedBatch, collate_fn
+from packing import PackedBatch, allocate, collate_fn
 from utils import derive_seed
 
 # Standard deviation in pixels of the Gaussian that softens the border of a pasted object.
@@ -27,14 +29,14 @@ class CopyPaste:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __call__(self, samples: list[Sample]) -> PackedBatch:
-        """Mix and pack a batch."""
+    def __call__(self, samples: list[Sample], allocate: Callable[[int], Tensor] = allocate) -> PackedBatch:
+        """Mix and pack a batch into a buffer of ``allocate``."""
         ids = [sample.target["image_id"] for sample in samples]
         # The neighbours' crops differ between epochs, and with them the seed.
         crops = [sample.pixels.shape for sample in samples]
         rng = np.random.default_rng(derive_seed(self.seed, "copy-paste", repr(ids), repr(crops)))
         mixed = [paste_objects(sample, samples[i - 1], rng) for i, sample in enumerate(samples)]
-        return collate_fn(mixed)
+        return collate_fn(mixed, allocate)
 
 
 def paste_objects(onto: Sample, source: Sample, rng: np.random.Generator) -> Sample:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from copy_paste import CopyPaste
 from datasets import Data, training_indices
-from detection_dataset import DetectionDataset, Sample
+from detection_dataset import DetectionDataset
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describe_groups
 from models import ModelSpec
 from packing import PackedBatch, SharedCollate, Targets, collate_fn, unpack
@@ -49,7 +49,7 @@ class DeviceLoader:
         *,
         workers: int,
         device: torch.device,
-        collate: Callable[[list[Sample]], PackedBatch] = collate_fn,
+        collate: Callable[..., PackedBatch] = collate_fn,
     ) -> None:
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
         self.collate = collate

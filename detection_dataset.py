@@ -7,13 +7,12 @@ what the model needs is made at all.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from annotations import Annotations
@@ -73,9 +72,14 @@ class LabelMap:
 
     def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
         """Return the int64 label of every category id; all of them must be known."""
+        sorted_ids, labels = self._sorted
+        return labels[np.searchsorted(sorted_ids, category_ids)]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
         known = np.array(self.category_ids, dtype=np.int64)
         order = np.argsort(known, kind="stable")
-        return order[np.searchsorted(known, category_ids, sorter=order)] + 1
+        return known[order], order + 1
 
     def categories_of(self, labels: np.ndarray) -> np.ndarray:
         """Return the category id of every label, -1 where it has none."""
@@ -116,7 +120,7 @@ class DetectionDataset(Dataset[Sample]):
         images: Where their pixels come from.
         label_map: Labels of the categories.
         indices: Which images belong to the dataset, int64; all by default.
-        transforms: Training pipeline for (image, boxes); None shows every image as it is.
+        transforms: Training pipeline for a `LazyImage`; None shows every image as it is.
         needs_masks: Whether targets carry masks.
         needs_keypoints: Whether targets carry keypoints.
         flip_order: int [K], see `Placement.move_keypoints`.
@@ -183,24 +187,17 @@ class DetectionDataset(Dataset[Sample]):
     def _make_sample(self, pixels: np.ndarray, i: int, image_id: int) -> Sample:
         """Augment one image with its objects; every per-object field is filtered by the same ``keep``."""
         annotations = self.annotations
-        objects = trainable_objects(annotations, i)
-        boxes = clipped_boxes(annotations, i, objects)
-
-        image = LazyImage.of(pixels)
-        kept = np.ones(len(objects), dtype=bool)
+        objects, boxes = trainable_objects(annotations, i)
+        image = LazyImage.of(pixels, boxes)
         if self.transforms is not None:
-            canvas_boxes = tv_tensors.BoundingBoxes(
-                torch.from_numpy(boxes.copy()), format="XYXY", canvas_size=pixels.shape[:2]
-            )
-            image, canvas_boxes = self.transforms(image, canvas_boxes)
-            kept = canvas_boxes.as_subclass(torch.Tensor).numpy().any(axis=1)  # v2 zeroes what a crop loses
+            image = self.transforms(image)
 
         placement = image.view.place()
         moved = placement.move_boxes(boxes)
         sides, old_sides = moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2]
         # What a crop or a shrink leaves less than a pixel of is no longer to be seen; a tiny object that was
         # annotated as such stays.
-        kept &= (sides >= np.minimum(1, old_sides)).all(axis=1)
+        kept = image.is_kept & (sides >= np.minimum(1, old_sides)).all(axis=1)
         objects = objects[kept]
 
         target: dict[str, np.ndarray | int] = {
@@ -220,23 +217,28 @@ class DetectionDataset(Dataset[Sample]):
         return Sample(pixels, placement if self.resize_on_device else None, target, blocks)
 
 
-def trainable_objects(annotations: Annotations, i: int) -> np.ndarray:
-    """Return the objects of image ``i`` that are trained on: no crowds, no boxes without an inside."""
+def trainable_objects(annotations: Annotations, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the objects of image ``i`` that are trained on: no crowds, no boxes without an inside.
+
+    Returns:
+        Their numbers, int64 [N], and their boxes, float32 [N, 4] xyxy, cut to the image.
+    """
     objects = annotations.objects(i)
-    boxes = clipped_boxes(annotations, i, np.arange(objects.start, objects.stop))
-    wide_enough = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(axis=1)
-    return np.flatnonzero(wide_enough & ~annotations.is_crowd[objects]) + objects.start
+    boxes = clipped_boxes(annotations, i, objects)
+    chosen = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(axis=1) & ~annotations.is_crowd[objects]
+    return np.flatnonzero(chosen) + objects.start, boxes[chosen]
 
 
-def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: np.ndarray) -> np.ndarray:
+def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: slice | np.ndarray) -> np.ndarray:
     """Return boxes of image ``i`` as float32 [len(objects), 4] xyxy, cut to the image.
 
     ``i`` may also be the images of all objects, int64 [len(objects)].
     """
     boxes = annotations.boxes_xywh[objects].astype(np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2] = boxes[:, 0::2].clip(0, np.reshape(annotations.widths[i], (-1, 1)))
-    boxes[:, 1::2] = boxes[:, 1::2].clip(0, np.reshape(annotations.heights[i], (-1, 1)))
+    sides = annotations.widths[i], annotations.heights[i]
+    np.maximum(boxes, 0, out=boxes)
+    np.minimum(boxes, np.stack([*sides, *sides], axis=-1), out=boxes, casting="same_kind")
     return boxes
 
 

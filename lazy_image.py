@@ -1,9 +1,9 @@
 """A picture whose transforms are noted down first and carried out once, at the end.
 
-torchvision's v2 transforms move boxes at once, but on a `LazyImage` they only change its `View`: which part of
-the source is shown, how large, where on the canvas, mirrored or not. When the pipeline is through, the
-source is cropped, resized and recoloured in one pass, so no pixel is computed that a later crop throws
-away. Keypoints and masks follow from the same `View`, so nothing can drift apart from the pixels.
+On a `LazyImage` torchvision's v2 transforms only change its `View`: which part of the source is shown, how
+large, where on the canvas, mirrored or not. When the pipeline is through, the source is cropped, resized and
+recoloured in one pass, so no pixel is computed that a later crop throws away. Boxes, keypoints and masks
+follow from the same `View`, so nothing can drift apart from the pixels.
 """
 
 from typing import Any
@@ -31,25 +31,38 @@ class LazyImage(tv_tensors.Image):
     Attributes:
         pixels: uint8 [H, W, 3], the source.
         view: What the transforms so far make of it.
+        boxes: float32 [N, 4] xyxy in the source.
+        is_kept: bool [N], False for boxes that a transform has dropped.
     """
 
     pixels: np.ndarray
     view: View
+    boxes: np.ndarray
+    is_kept: np.ndarray
 
     @classmethod
-    def of(cls, pixels: np.ndarray) -> "LazyImage":
-        """Wrap decoded pixels, uint8 [H, W, 3]."""
-        return cls._with_view(pixels, View.of(*pixels.shape[:2]))
+    def of(cls, pixels: np.ndarray, boxes: np.ndarray | None = None) -> "LazyImage":
+        """Wrap decoded pixels, uint8 [H, W, 3], with the boxes of their objects."""
+        boxes = np.zeros((0, 4), dtype=np.float32) if boxes is None else boxes
+        return cls._with(pixels, View.of(*pixels.shape[:2]), boxes, np.ones(len(boxes), dtype=bool))
 
     @classmethod
-    def _with_view(cls, pixels: np.ndarray, view: View) -> "LazyImage":
+    def _with(cls, pixels: np.ndarray, view: View, boxes: np.ndarray, is_kept: np.ndarray) -> "LazyImage":
         image = torch.empty((3, 0, 0), dtype=torch.uint8).as_subclass(cls)
-        image.pixels, image.view = pixels, view
+        image.pixels, image.view, image.boxes, image.is_kept = pixels, view, boxes, is_kept
         return image
 
     def viewed_as(self, view: View) -> "LazyImage":
         """Return the same source under another view."""
-        return self._with_view(self.pixels, view)
+        return self._with(self.pixels, view, self.boxes, self.is_kept)
+
+    def keeping(self, chosen: np.ndarray) -> "LazyImage":
+        """Return the same image, of whose boxes only the ``chosen``, bool [N], are still kept."""
+        return self._with(self.pixels, self.view, self.boxes, self.is_kept & chosen)
+
+    def canvas_boxes(self) -> np.ndarray:
+        """Return all boxes as the view shows them, float32 [N, 4] xyxy."""
+        return self.view.place().move_boxes(self.boxes)
 
 
 @register_kernel(tvf.get_size, LazyImage)

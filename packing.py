@@ -44,8 +44,13 @@ class PackedBatch:
         return self
 
 
-def collate_fn(samples: list[Sample]) -> PackedBatch:
-    """Pack samples into one buffer."""
+def allocate(num_bytes: int) -> Tensor:
+    """Return a new buffer, uint8 [num_bytes]."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def collate_fn(samples: list[Sample], allocate: Callable[[int], Tensor] = allocate) -> PackedBatch:
+    """Pack samples into one buffer of ``allocate``."""
     parts = [sample.pixels for sample in samples]
     blocks = None
     if samples[0].blocks is not None:
@@ -55,7 +60,7 @@ def collate_fn(samples: list[Sample]) -> PackedBatch:
             rows = [(block.left, block.top, *block.pixels.shape) for block in sample.blocks]
             blocks.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
             parts.extend(block.pixels for block in sample.blocks)
-    buffer = torch.empty(sum(part.size for part in parts), dtype=torch.uint8)
+    buffer = allocate(sum(part.size for part in parts))
     packed, start = buffer.numpy(), 0
     for part in parts:
         packed[start : start + part.size].reshape(part.shape)[...] = part
@@ -66,20 +71,20 @@ def collate_fn(samples: list[Sample]) -> PackedBatch:
 
 
 class SharedCollate:
-    """Collates in a worker and leaves the buffer in shared memory.
+    """Collates in a worker, into shared memory.
 
     Args:
-        collate: `collate_fn`, or one that mixes samples first.
+        collate: `collate_fn`, or one that mixes samples first; takes samples and an allocator.
         slots: Where buffers go.
     """
 
-    def __init__(self, collate: Callable[[list[Sample]], PackedBatch], slots: SharedSlots) -> None:
+    def __init__(self, collate: Callable[..., PackedBatch], slots: SharedSlots) -> None:
         self.collate, self.slots = collate, slots
 
     def __call__(self, samples: list[Sample]) -> PackedBatch:
         """Pack samples; in the main process the batch arrives with a tensor again."""
-        batch = self.collate(samples)
-        batch.buffer = self.slots.put(batch.buffer)  # type: ignore[assignment]
+        batch = self.collate(samples, self.slots.take)
+        batch.buffer = self.slots.address(batch.buffer)  # type: ignore[assignment]
         return batch
 
 

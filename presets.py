@@ -1,7 +1,7 @@
 """The named augmentations: out of ``torchvision.transforms.v2`` wherever it has the operation.
 
-Names, order and parameters are those of torchvision's detection scripts. Each preset is a function that
-returns a pipeline for (image, boxes); keypoints and masks follow the image, see `lazy_image`.
+Names, order and parameters are those of torchvision's detection scripts. Pipelines take a `LazyImage`, which its
+boxes, keypoints and masks follow.
 """
 
 from torchvision.transforms import v2

@@ -58,18 +58,24 @@ class SharedSlots:
         number, file, *shape = state
         self._map(number, file.detach(), *shape)
 
-    def put(self, buffer: Tensor) -> "Tensor | Slot":
-        """Copy uint8 ``buffer`` into a free slot of this worker; return it as it is where there is none."""
+    def take(self, num_bytes: int) -> Tensor:
+        """Return memory of a free slot of this worker, uint8 [num_bytes], or ordinary memory where there is none."""
         worker = get_worker_info()
-        if worker is None or buffer.numel() > self.memory.shape[2]:
+        if worker is not None and num_bytes <= self.memory.shape[2]:
+            is_taken = self.is_taken[worker.id]  # the worker only sets, the main process only clears
+            free = int(is_taken.argmin())
+            if not is_taken[free]:
+                is_taken[free] = 1
+                return self.memory[worker.id, free, :num_bytes]
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def address(self, buffer: Tensor) -> "Tensor | Slot":
+        """Return what to send for memory that `take` gave: the number of its slot, or itself."""
+        place, offset = divmod(buffer.data_ptr() - self.memory.data_ptr(), self.memory.shape[2])
+        if offset or not 0 <= place < self.is_taken.size:
             return buffer
-        is_taken = self.is_taken[worker.id]  # the worker only sets, the main process only clears
-        free = int(is_taken.argmin())
-        if is_taken[free]:
-            return buffer
-        is_taken[free] = 1
-        self.memory[worker.id, free, : buffer.numel()] = buffer
-        return Slot(self.number, worker.id, free, buffer.numel())
+        worker, place = divmod(place, self.is_taken.shape[1])
+        return Slot(self.number, worker, place, buffer.numel())
 
 
 class Slot(NamedTuple):

@@ -11,6 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from lazy_image import LazyImage
+
 
 class FixedSizeCrop(v2.Transform):
     """Cut a random window of at most the given size; smaller images stay whole.
@@ -44,7 +46,7 @@ class RandomIoUCrop(v2.RandomIoUCrop):
     """v2's ``RandomIoUCrop``, with all trials of one overlap drawn and judged at once.
 
     The distribution is v2's; the order in which random numbers are used is not. Boxes whose centre is
-    outside the crop become all zero, v2's mark for "to be dropped".
+    outside the crop are dropped: a `LazyImage` no longer keeps them, ``BoundingBoxes`` become zero as v2's do.
     """
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:
@@ -53,8 +55,7 @@ class RandomIoUCrop(v2.RandomIoUCrop):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw an overlap and a crop that reaches it; an empty dict means "leave as is"."""
         height, width = _canvas_size(flat_inputs)
-        boxes = next(x for x in flat_inputs if isinstance(x, tv_tensors.BoundingBoxes))
-        boxes_xyxy = boxes.as_subclass(torch.Tensor).numpy().astype(np.float64)
+        boxes_xyxy = _canvas_boxes(flat_inputs).astype(np.float64)
         while True:
             min_overlap = self.options[int(torch.randint(len(self.options), ()))]
             if min_overlap >= 1.0 or len(boxes_xyxy) == 0:
@@ -71,6 +72,13 @@ class RandomIoUCrop(v2.RandomIoUCrop):
                     "width": right - left,
                     "is_within_crop_area": torch.from_numpy(inside[first]),
                 }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop one input and drop the boxes outside."""
+        cropped = super().transform(inpt, params)
+        if params and isinstance(inpt, LazyImage):
+            return cropped.keeping(params["is_within_crop_area"].numpy())
+        return cropped
 
     def _draw_crops(self, height: int, width: int) -> np.ndarray:
         """Return ``trials`` windows, int64 [T, 4] xyxy; windows of a forbidden aspect ratio are empty."""
@@ -99,5 +107,16 @@ def _judge_crops(crops: np.ndarray, boxes: np.ndarray, min_overlap: float) -> tu
 
 
 def _canvas_size(flat_inputs: list[Any]) -> tuple[int, int]:
-    """Return (height, width) of the sample, which its boxes know."""
+    """Return (height, width) of the sample."""
+    for x in flat_inputs:
+        if isinstance(x, LazyImage):
+            return x.view.height, x.view.width
     return next(x for x in flat_inputs if isinstance(x, tv_tensors.BoundingBoxes)).canvas_size
+
+
+def _canvas_boxes(flat_inputs: list[Any]) -> np.ndarray:
+    """Return the sample's boxes, float [N, 4] xyxy: those of v2, or those that a `LazyImage` carries."""
+    for x in flat_inputs:
+        if isinstance(x, tv_tensors.BoundingBoxes):
+            return x.as_subclass(torch.Tensor).numpy()
+    return next(x for x in flat_inputs if isinstance(x, LazyImage)).canvas_boxes()
