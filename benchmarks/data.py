@@ -91,7 +91,7 @@ class Variant:
 
     def run(self, seconds):
         """One pass of about ``seconds``."""
-        rate = statistics.median(r[0] for r in self.rounds) if self.rounds else 40
+        rate = self.median_rate() if self.rounds else 40
         self.batches.count = self.warm_up + max(int(seconds * rate / BATCH_SIZE), 6)
         for b, _ in enumerate(iterator := iter(self.loader)):
             if b == self.warm_up - 1:
@@ -101,14 +101,17 @@ class Variant:
         wall, cpu = time.perf_counter() - start, sum(map(cpu_ns, pids)) - cpu
         self.rounds.append((images / wall, cpu / 1e6 / images))
 
-    def rate(self, form="{:.0f}"):
-        return spread([r[0] for r in self.rounds], form)
+    def median_rate(self):
+        return statistics.median(r[0] for r in self.rounds)
+
+    def rate(self):
+        return spread([r[0] for r in self.rounds], "{:.0f}")
 
     def cpu(self):
         return spread([r[1] for r in self.rounds], "{:.1f}")
 
     def ratio_to(self, other):
-        """Median over rounds of this rate over the other's of the same round, as text and number."""
+        """Median over rounds of this rate over the other's of the same round."""
         ratios = [mine[0] / theirs[0] for mine, theirs in zip(self.rounds, other.rounds)]
         return statistics.median(ratios)
 
@@ -192,7 +195,7 @@ def rows_of(preset, variants, device):
         }
         if name.startswith(("boxes", "masks")):
             kind = name[:5]
-            b = max((variants[f"B {way} {kind}"] for way in ("PIL", "tensor")), key=lambda v: v.rounds[0][0])
+            b = max((variants[f"B {way} {kind}"] for way in ("PIL", "tensor")), key=Variant.median_rate)
             row["over A"] = f"{variant.ratio_to(variants['A']):.1f}"
             row["over A'"] = f"{variant.ratio_to(variants[_a_prime(kind)]):.1f}"
             row["over B"] = f"{variant.ratio_to(b):.1f}"

@@ -46,3 +46,34 @@ def _outline(rng, vertices, height, width):
     centre = rng.uniform((30, 30), (width - 30, height - 30))
     points = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return points.clip((0, 0), (width, height))
+
+
+def coco_size_json(path, images=118_000, objects=7, vertices=25):
+    """Write a COCO json of train2017's size (some 450 MB) without holding it in memory; polygons of 25 vertices."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        file.write('{"images": [')
+        for i in range(images):
+            height, width = ((480, 640), (640, 480), (427, 640))[i % 3]
+            image = {"id": i + 1, "file_name": f"{i:012d}.jpg", "height": height, "width": width}
+            file.write(("," if i else "") + json.dumps(image))
+        file.write('], "annotations": [')
+        for i in range(images):
+            corner = rng.uniform(0, 300, (objects, 2)).round(2)
+            size = rng.uniform(5, 120, (objects, 2)).round(2)
+            outlines = (corner[:, None] + rng.random((objects, vertices, 2)) * size[:, None]).round(2)
+            labels = rng.integers(1, 81, objects).tolist()
+            parts = []
+            for k in range(objects):
+                record = {
+                    "segmentation": [outlines[k].reshape(-1).tolist()],
+                    "area": round(float(size[k].prod()) * 0.6, 4),
+                    "iscrowd": 0,
+                    "image_id": i + 1,
+                    "bbox": [*corner[k].tolist(), *size[k].tolist()],
+                    "category_id": labels[k],
+                    "id": i * objects + k + 1,
+                }
+                parts.append(json.dumps(record))
+            file.write(("," if i else "") + ",".join(parts))
+        file.write('], "categories": ' + json.dumps(CATEGORIES) + "}")
