@@ -4,9 +4,10 @@ The only place that checks annotations: files of all formats are brought into CO
 its field as an array, so that a record is read once; `coco_utils` puts the arrays together.
 """
 
+import array
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
@@ -39,9 +40,12 @@ class Rules:
     box_format: str = "[x, y, width, height]"
 
 
-def flat_floats(rows: Any) -> np.ndarray:
-    """Return all numbers of nested rows as one float64 array."""
-    return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.float64)
+def flat_floats(rows: Iterable[list[float]]) -> np.ndarray:
+    """Return the numbers of all lists as one float64 array; an array takes a list in far less time than numpy does."""
+    numbers = array.array("d")
+    for row in rows:
+        numbers.fromlist(row)
+    return np.frombuffer(numbers, dtype=np.float64)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
