@@ -14,9 +14,9 @@ from detection_dataset import DetectionDataset
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describe_groups
 from models import ModelSpec
 from packing import PackedBatch, SharedCollate, Targets, collate_fn, unpack
-from presets import RESIZING_PRESETS, build_transforms
+from presets import DEVICE_PRESETS, build_transforms
 from safeguards import HangWatch, check_shared_memory
-from shared_slots import SharedSlots
+from shared_slots import SLOT_BYTES, SharedSlots
 from stopping import leave_stopping_to_parent
 from utils import Distributed
 
@@ -167,7 +167,7 @@ def build_train_loader(
         needs_keypoints=task == "keypoint",
         flip_order=data.flip_order,
         seed=seed,
-        resize_on_device=distributed.device.type == "cuda" and augmentation in RESIZING_PRESETS and not copy_paste,
+        resize_on_device=distributed.device.type == "cuda" and augmentation in DEVICE_PRESETS and not copy_paste,
     )
     sampler = GroupedBatchSampler(
         dataset.heights,
@@ -179,7 +179,9 @@ def build_train_loader(
         world_size=distributed.world_size,
     )
     logger.info(describe_groups(sampler.groups, group_factor))
-    check_shared_memory(3 * sampler.batch_size * int((dataset.heights.astype(int) * dataset.widths).max()), workers)
+    batch_bytes = 3 * sampler.batch_size * int((dataset.heights.astype(int) * dataset.widths).max())
+    if batch_bytes > SLOT_BYTES:  # smaller ones do not travel through /dev/shm
+        check_shared_memory(batch_bytes, workers)
     collate = CopyPaste(seed) if copy_paste else collate_fn
     loader = DeviceLoader(dataset, sampler, workers=workers, device=distributed.device, collate=collate)
     return loader, sampler

@@ -31,7 +31,7 @@ from datasets import label_map_for
 from detection_dataset import DetectionDataset, ImageFolder, Sample
 from images import read_image
 from packing import unpack
-from presets import PRESETS, RESIZING_PRESETS, build_transforms
+from presets import DEVICE_PRESETS, PRESETS, build_transforms
 
 BATCH_SIZE = 2
 FIXED_SIZES = {"ssd": (300, 300), "ssdlite": (320, 320)}
@@ -176,7 +176,7 @@ def build_variants(preset, images, annotations, workers):
             "boxes": Variant(ours(False), workers),
             "masks": Variant(ours(True), workers),
         }
-    if preset in RESIZING_PRESETS:
+    if preset in DEVICE_PRESETS:
         variants["boxes, geometry on the device"] = Variant(ours(False, on_device=True), workers)
         variants["masks, geometry on the device"] = Variant(ours(True, on_device=True), workers)
     return variants
