@@ -116,9 +116,10 @@ def main(
         # Model
         model, spec = start_model(args, data, checkpoint, distributed)
         evaluation = build_evaluation(args, data, spec, distributed)
-        if args.test_only:
-            return test(args, data, model, evaluation, stop)
+    if args.test_only:
+        return test(args, data, model, evaluation, stop)
 
+    with errors_in_one_line():
         # Optimizer, schedule, batches
         amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
         train_loader, sampler = build_batches(args, data, spec, distributed)
@@ -144,10 +145,12 @@ def main(
         plan = Plan(state, train_loader, learning_rate, args.accumulate, output_dir, args.keep_checkpoints)
         logger.info("%s", plan.describe())
         plan.check_output()
-        if args.dry_run:
-            logger.info("%s", rehearse(plan, model, amp_dtype))
-            return 0
-        output = None if output_dir is None else RunFolder(output_dir, keep=args.keep_checkpoints)
+        output = None
+        if output_dir is not None and not args.dry_run:
+            output = RunFolder(output_dir, keep=args.keep_checkpoints)
+    if args.dry_run:
+        logger.info("%s", rehearse(plan, model, amp_dtype))
+        return 0
 
     # Epochs
     if output is not None:
