@@ -9,9 +9,11 @@ PyTorch model by name. The file is run on pictures before it gets its name: wher
 
 import argparse
 import contextlib
+import copy
 import importlib
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,11 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from export_checks import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE, Agreement, Outputs, compare_outputs
 from images import read_image
 from inference import Detector, find_images, load_detector
+from models import ModelSpec
 from run_folder import versions
 from shapes_dataset import ShapeDrawer, shapes_annotations
 from utils import setup_logging
@@ -81,6 +86,43 @@ class InOrder(nn.Module):
         return tuple(outputs[name] for name in self.names)
 
 
+class ScriptedResize(GeneralizedRCNNTransform):
+    """Resizes to the sizes that torchvision has in PyTorch.
+
+    torchvision's own code computes the scale in float32 when it is scripted or traced, in float64 otherwise: some
+    pictures (427 pixels to 160, say) come out a pixel smaller, and all boxes a little elsewhere.
+    """
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return ``image`` resized; targets are for training."""
+        height, width = image.shape[-2:]
+        short, long = float(min(height, width)), float(max(height, width))
+        scale = min(float(self.min_size[-1]) / short, float(self.max_size) / long)
+        size = [int(math.floor(height * scale)), int(math.floor(width * scale))]
+        return nnf.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], target
+
+
+class TracedResize(GeneralizedRCNNTransform):
+    """The same, in tensors, so that a trace keeps the picture's size variable."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return ``image`` resized; targets are for training."""
+        shape = torch._shape_as_tensor(image)[-2:].to(torch.float64)
+        scale = torch.minimum(self.min_size[-1] / shape.min(), self.max_size / shape.max())
+        height, width = (shape * scale).floor().to(torch.int64)
+        resized = nnf.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)[0]
+        return resized, target
+
+
+def exportable(model: nn.Module, spec: ModelSpec, to_format: str) -> OnePicture:
+    """Return a copy of a detector that keeps its sizes when scripted or traced."""
+    copied = copy.deepcopy(model)
+    if spec.architecture.fixed_size is None:
+        transform: Any = copied.transform
+        transform.__class__ = TracedResize if to_format == "onnx" else ScriptedResize
+    return OnePicture(copied).eval()
+
+
 def load_pictures(paths: list[str] | None) -> list[Picture]:
     """Return (name, float32 [3, H, W] in 0..1) of every picture, and of the first one turned by a quarter.
 
@@ -132,7 +174,7 @@ def write_onnx(model: OnePicture, path: Path, metadata: dict[str, Any], example:
     """
     onnx = need("onnx")
     torch.onnx.export(
-        InOrder(model, names),
+        InOrder(model, names).eval(),  # the exporter would put its parts into training mode afterwards
         (example,),
         str(path),
         input_names=["image"],
@@ -227,10 +269,11 @@ def main(args: argparse.Namespace) -> int:
     try:
         with quiet():
             try:
+                exported_model = exportable(detector.model, detector.spec, args.format)
                 if args.format == "onnx":
-                    write_onnx(model, temporary, describe(detector), pictures[0][1], names)
+                    write_onnx(exported_model, temporary, describe(detector), pictures[0][1], names)
                 else:
-                    write_torchscript(model, temporary, describe(detector))
+                    write_torchscript(exported_model, temporary, describe(detector))
             except Exception as error:  # exporters raise what they like
                 if isinstance(error, (OSError, ValueError)):
                     raise

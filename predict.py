@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from annotation_checks import Record
@@ -233,6 +235,7 @@ def main(args: argparse.Namespace) -> int:
         for future in drawing:
             future.result()
         results_file.write("]\n" if separator != "[" else "[]\n")
+    bad.sort(key=lambda entry: entry["id"])
     with whole_file(output_dir / "images.json") as file:
         json.dump(describe_run(args, detector, threshold, images, bad), file, indent=1)
     logger.info("%d objects in %d pictures, in %s", num_found, len(images), output_dir)
@@ -249,6 +252,7 @@ def run(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_args(parser, args)
     setup_logging(is_main=True)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are refused, with a line of ours
     try:
         return main(args)
     except (ValueError, OSError) as error:

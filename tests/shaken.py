@@ -1,0 +1,49 @@
+"""Checkpoints with random weights that find things, for tests of what comes after the network."""
+
+import torch
+
+from checkpoint import save_checkpoint
+from models import ARCHITECTURES, ModelSpec, build_model
+from shapes_dataset import CATEGORIES, KEYPOINT_NAMES, SKELETON, ShapeDrawer, shapes_annotations
+
+
+def drawn_images(num_images):
+    """Return drawn pictures as float [3, H, W] in 0..1."""
+    drawer, annotations = ShapeDrawer("val"), shapes_annotations("val", num_images)
+    return [torch.from_numpy(drawer.read(annotations, n)).permute(2, 0, 1) / 255 for n in range(num_images)]
+
+
+def shaken_checkpoint(path, name, score_threshold=None):
+    """Write a checkpoint whose norms fit drawn pictures and whose classifier has wide weights: many distinct scores."""
+    torch.manual_seed(0)
+    sizes = {} if ARCHITECTURES[name].fixed_size else {"min_size": (96,), "max_size": 160}
+    is_keypoint = ARCHITECTURES[name].task == "keypoint"
+    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, detections_per_img=30, **sizes)
+    model = build_model(spec)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        model.train()
+        model.backbone(model.transform(drawn_images(4))[0].tensors)
+        model.eval()
+        for key, parameter in model.named_parameters():
+            if "cls_score" in key or "cls_logits" in key or "classification_head" in key:
+                spread = 0.02 if parameter.dim() > 1 else 0.5
+                parameter.add_(torch.randn_like(parameter) * spread)
+            elif "kps_score" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    content = {
+        "model": model.state_dict(),
+        "model_spec": spec.to_plain(),
+        "dataset": {
+            "label_categories": [7, 8, 9],
+            "label_names": list(CATEGORIES),
+            "keypoint_names": list(KEYPOINT_NAMES) if is_keypoint else [],
+            "skeleton": [list(link) for link in SKELETON] if is_keypoint else [],
+            "sigmas": None,
+        },
+        "metrics": {} if score_threshold is None else {"score_threshold": score_threshold},
+    }
+    save_checkpoint(content, path)
+    return path

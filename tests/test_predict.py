@@ -1,0 +1,226 @@
+"""predict.py: what it writes is what the model says, and nothing is lost or mixed."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_train
+from PIL import Image
+from shaken import shaken_checkpoint
+
+import predict
+from checkpoint import load_checkpoint, rebuild_model
+from images import read_image
+from inference import MAX_BATCH_PIXELS, find_images, form_batches, load_detector, predict_files
+from predictions import read_results
+from shapes_dataset import ShapeDrawer, shapes_annotations
+
+MODELS = ("ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: shaken_checkpoint(folder / f"{name}.pth", name, score_threshold=0.3) for name in MODELS}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Drawn pictures in a folder with a folder inside."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    annotations = shapes_annotations("val", 4)
+    for n in range(4):
+        pixels = ShapeDrawer("val").read(annotations, n)
+        Image.fromarray(pixels).save(folder / ("more" if n == 3 else "") / f"{n}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run(*flags):
+    return predict.run([*map(str, flags), "--device", "cpu", "--workers", "0"])
+
+
+def read(folder):
+    images = json.loads((folder / "images.json").read_text())
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return images, read_results(folder / "predictions.json"), rows
+
+
+def directly(checkpoint, path):
+    """Run torchvision's model as it is."""
+    model, _ = rebuild_model(load_checkpoint(checkpoint))
+    image = torch.from_numpy(read_image(path).copy()).permute(2, 0, 1).to(torch.float32).mul(1 / 255)
+    with torch.inference_mode():
+        return model.eval()([image])[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path):
+    source = photos if name == MODELS[0] else photos / "0.png"
+    assert run("--checkpoint", checkpoints[name], source, "--output-dir", tmp_path / "out", "--batch-size", 1) == 0
+    images, records, rows = read(tmp_path / "out")
+    assert images["score_threshold"] == 0.3 and images["skipped"] == []
+    assert [image["id"] for image in images["images"]] == ([1, 2, 3, 4] if source == photos else [1])
+    assert len(records) == len(rows) > 4
+    for image in images["images"]:
+        expected = directly(checkpoints[name], image["file_name"])
+        kept = expected["scores"] >= 0.3
+        expected = {key: value[kept] for key, value in expected.items()}
+        found = [record for record in records if record["image_id"] == image["id"]]
+        assert len(found) == len(expected["scores"])
+        order = expected["scores"].argsort(descending=True, stable=True)
+        for n, record in zip(order.tolist(), found):
+            x1, y1, x2, y2 = expected["boxes"][n].tolist()
+            np.testing.assert_allclose(record["bbox"], [x1, y1, x2 - x1, y2 - y1], atol=1e-4)
+            assert record["score"] == pytest.approx(float(expected["scores"][n]), abs=1e-6)
+            assert record["category_id"] == int(expected["labels"][n]) + 6
+            if "masks" in expected:
+                area = int((expected["masks"][n, 0] > 0.5).sum())
+                row = [r for r in rows if float(r["score"]) == round(record["score"], 6)][0]
+                assert record["segmentation"]["size"] == [image["height"], image["width"]]
+                assert abs(int(row["mask_area"]) - area) <= max(1, 0.01 * area)
+            if "keypoints" in expected:
+                np.testing.assert_allclose(record["keypoints"], expected["keypoints"][n].reshape(-1), atol=1e-2)
+        with Image.open(tmp_path / "out" / image["overlay"]) as overlay:
+            assert overlay.size == (image["width"], image["height"])
+            change = np.abs(np.asarray(overlay, dtype=int) - read_image(image["file_name"]).astype(int))
+            assert (change.max() > 60) == bool(found)
+
+
+def test_every_detection_has_its_keypoints(checkpoints, photos):
+    """More of one class than the twenty that a COCO score reads."""
+    detector = load_detector(checkpoints["keypointrcnn_resnet50_fpn"])
+    device = torch.device("cpu")
+    results = [
+        r for b in predict_files(detector, find_images([str(photos)]), device=device, score_threshold=0) for r in b
+    ]
+    assert max(np.bincount(r.detections.category_ids).max() for r in results) > 20
+    assert all(np.isfinite(r.detections.keypoints).all() for r in results)
+
+
+def test_csv_names_files_classes_and_keypoints(checkpoints, photos, tmp_path):
+    run("--checkpoint", checkpoints[MODELS[2]], photos / "0.png", "--output-dir", tmp_path / "out", "--no-overlays")
+    _, records, rows = read(tmp_path / "out")
+    assert rows[0]["file_name"] == str(photos / "0.png") and rows[0]["class"] in ("disc", "square", "triangle")
+    x, y, w, h = records[0]["bbox"]
+    corners = [float(rows[0][key]) for key in ("x1", "y1", "x2", "y2")]
+    np.testing.assert_allclose(corners, [x, y, x + w, y + h], atol=0.006)
+    points = [float(rows[0][f"{name}_{axis}"]) for name in ("top", "left", "right") for axis in "xy"]
+    np.testing.assert_allclose(points, np.array(records[0]["keypoints"]).reshape(3, 3)[:, :2].reshape(-1), atol=0.006)
+    assert not (tmp_path / "out" / "overlays").exists()
+
+
+def test_broken_and_bomb_files_are_reported_and_the_others_predicted(checkpoints, photos, tmp_path, capfd, monkeypatch):
+    data = (photos / "0.png").read_bytes()
+    (photos / "0a.png").write_bytes(data[: len(data) // 2])
+    (photos / "empty.jpg").write_bytes(b"")
+    Image.new("L", (900, 800)).save(photos / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+    code = run("--checkpoint", checkpoints[MODELS[0]], photos, "--output-dir", tmp_path / "out")
+    assert code == predict.EXIT_SOME_SKIPPED == 4
+    images, records, _ = read(tmp_path / "out")
+    reasons = {entry["file_name"].rsplit("/")[-1]: entry["reason"] for entry in images["skipped"]}
+    assert set(reasons) == {"0a.png", "empty.jpg", "bomb.png"} and "image bombs" in reasons["bomb.png"]
+    # Ids count all files in order, so they do not depend on which can be read.
+    assert {image["file_name"].rsplit("/")[-1]: image["id"] for image in images["images"]} == {
+        "0.png": 1, "1.png": 3, "2.png": 4, "3.png": 7,
+    }  # fmt: skip
+    assert {record["image_id"] for record in records} <= {1, 3, 4, 7}
+    error = capfd.readouterr().err
+    assert "skipped: " in error and "0a.png" in error
+
+
+def test_nothing_readable_is_an_error(checkpoints, tmp_path, capfd):
+    (tmp_path / "a.png").write_bytes(b"no")
+    assert run("--checkpoint", checkpoints[MODELS[0]], tmp_path / "a.png", "--output-dir", tmp_path / "out") == 1
+    assert "not one of the files could be read" in capfd.readouterr().err
+
+
+def test_pictures_are_turned_upright(checkpoints, photos, tmp_path):
+    upright = Image.open(photos / "1.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees counter-clockwise
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    for path, out in ((photos / "1.png", "a"), (tmp_path / "turned.png", "b")):
+        run("--checkpoint", checkpoints[MODELS[0]], path, "--output-dir", tmp_path / out)
+    (first, records, _), (second, turned, _) = read(tmp_path / "a"), read(tmp_path / "b")
+    assert [(i["height"], i["width"]) for i in first["images"]] == [(i["height"], i["width"]) for i in second["images"]]
+    assert records == turned
+
+
+def test_results_of_two_runs_are_never_mixed(checkpoints, photos, tmp_path, capfd):
+    flags = ("--checkpoint", checkpoints[MODELS[0]], photos / "0.png", "--output-dir", tmp_path / "out")
+    assert run(*flags) == 0
+    before = (tmp_path / "out" / "predictions.json").read_bytes()
+    assert run(*flags, "--score-threshold", 0.9) == 1
+    assert "expected a new or empty folder" in capfd.readouterr().err
+    assert (tmp_path / "out" / "predictions.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"), [(0.4, None, 0.4), (None, None, 0.5), (0.4, 0.2, 0.2), (0.0, None, 0.5)]
+)
+def test_the_threshold_is_the_evaluations_unless_given(stored, given, expected, photos, tmp_path):
+    checkpoint = shaken_checkpoint(tmp_path / "a.pth", MODELS[0], score_threshold=stored)
+    flags = () if given is None else ("--score-threshold", given)
+    run("--checkpoint", checkpoint, photos / "0.png", "--output-dir", tmp_path / "out", *flags)
+    images, records, _ = read(tmp_path / "out")
+    assert images["score_threshold"] == expected and all(record["score"] >= expected for record in records)
+
+
+def test_files_folders_and_globs_are_found_once_and_in_order(photos):
+    names = [path.relative_to(photos).as_posix() for path in find_images([str(photos)])]
+    assert names == ["0.png", "1.png", "2.png", "more/3.png"]
+    assert find_images([str(photos / "*.png"), str(photos / "0.png")]) == [photos / f"{n}.png" for n in range(3)]
+    assert find_images([str(photos / "**" / "3.png")]) == [photos / "more" / "3.png"]
+    for nothing, reason in (
+        ("none.png", "no such file"),
+        ("x*.png", "no file matches"),
+        ("../empty", "no images in it"),
+    ):
+        (photos.parent / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match=reason):
+            find_images([str(photos / nothing)])
+
+
+def test_large_pictures_come_in_smaller_batches(tmp_path):
+    side = int(MAX_BATCH_PIXELS**0.5)
+    for n, size in enumerate([(8, 8), (8, 8), (side, side), (8, 8)]):
+        Image.new("L", size).save(tmp_path / f"{n}.png")
+    batches, bad = form_batches(sorted(tmp_path.glob("*.png")), 3)
+    assert batches == [[0, 1], [2], [3]] and not bad
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--score-threshold", "1.5"], "from 0 to 1"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--workers", "-1"], "0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(flags, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        predict.run(["--checkpoint", "none.pth", "a.png", *flags])
+    assert stopped.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_user_errors_are_one_line(photos, tmp_path, capfd):
+    assert run("--checkpoint", tmp_path / "none.pth", photos) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("predict.py: error:") and "no such checkpoint" in error
+
+
+def test_as_a_command_with_loading_processes(checkpoints, photos, tmp_path):
+    done = run_train(
+        photos, "--checkpoint", checkpoints[MODELS[0]], "--output-dir", tmp_path / "out", "--device", "cpu",
+        "--workers", 2, script="predict.py",
+    )  # fmt: skip
+    assert "objects in 4 pictures" in done.stdout + done.stderr and sys.executable
+    run("--checkpoint", checkpoints[MODELS[0]], photos, "--output-dir", tmp_path / "here")
+    assert read(tmp_path / "out")[1] == read(tmp_path / "here")[1]
