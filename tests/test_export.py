@@ -1,0 +1,159 @@
+"""export.py: a file appears only if it gives what PyTorch gives, and says what its numbers mean."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from shaken import shaken_checkpoint
+
+import export
+from checkpoint import load_checkpoint, rebuild_model
+from export_checks import Agreement, compare_outputs
+from models import ARCHITECTURES
+
+SMALL = "ssdlite320_mobilenet_v3_large"
+NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return shaken_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pth", SMALL, score_threshold=0.4)
+
+
+def detections(num=6, seed=0):
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 50, (num, 2))
+    return {
+        "boxes": np.concatenate([corners, corners + 20], axis=1).astype(np.float32),
+        "labels": rng.integers(1, 4, num),
+        "scores": np.sort(rng.uniform(0.3, 1, num))[::-1].astype(np.float32),
+        "masks": rng.uniform(0, 1, (num, 1, 60, 60)).astype(np.float32),
+        "keypoints": rng.uniform(0, 60, (num, 3, 3)).astype(np.float32),
+    }
+
+
+def changed(key, position, amount):
+    found = {name: value.copy() for name, value in detections().items()}
+    found[key][position] += amount
+    return found
+
+
+def test_equal_detections_agree_in_any_order():
+    agreement, order = Agreement(), np.array([3, 1, 5, 0, 2, 4])
+    compare_outputs(detections(), {name: value[order] for name, value in detections().items()}, agreement, "a.jpg")
+    assert agreement == Agreement(detections=6)
+    compare_outputs(detections(), changed("boxes", 2, 0.05), agreement, "a.jpg")
+    assert agreement.detections == 12 and agreement.box == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "position", "amount", "text"),
+    [
+        ("boxes", (0, 2), 0.2, "no partner"),
+        ("labels", 0, 1, "no partner"),
+        ("scores", 0, -0.01, "no partner"),
+        ("keypoints", (1, 2, 0), 0.3, "keypoint of detection 1 is off by 0.3 px"),
+        ("masks", 2, 0.4, "mask of detection 2 differs"),
+    ],
+)
+def test_what_differs_is_refused_and_named(key, position, amount, text):
+    with pytest.raises(ValueError, match=f"^a.jpg: .*{text}"):
+        compare_outputs(detections(), changed(key, position, amount), Agreement(), "a.jpg")
+
+
+def test_only_the_end_of_a_list_may_lack_a_partner():
+    agreement = Agreement()
+    compare_outputs(detections(), {name: value[:-1] for name, value in detections().items()}, agreement, "a.jpg")
+    assert agreement.left_over == 1
+    for cut in (slice(1, None), slice(0, 0)):
+        with pytest.raises(ValueError, match="no partner"):
+            compare_outputs(detections(), {n: v[cut] for n, v in detections().items()}, Agreement(), "a.jpg")
+
+
+@pytest.mark.parametrize("to_format", ["onnx", "torchscript"])
+def test_the_exported_file_runs_elsewhere_and_knows_its_classes(to_format, checkpoint, tmp_path):
+    output = tmp_path / "model.bin"
+    flags = ["--checkpoint", str(checkpoint), "--format", to_format, "--output", str(output)]
+    assert export.run(flags) == 0
+    image = torch.rand(3, 50, 90)
+    model, _ = rebuild_model(load_checkpoint(checkpoint))
+    with torch.inference_mode():
+        expected = model.eval()([image])[0]
+    if to_format == "onnx":
+        import onnx
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(output))
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": image.numpy()})))
+        metadata = {p.key: json.loads(p.value) for p in onnx.load(str(output)).metadata_props}
+    else:
+        extra = {"metadata.json": ""}
+        loaded = torch.jit.load(str(output), _extra_files=extra)
+        found = {name: value.numpy() for name, value in loaded(image).items()}
+        metadata = json.loads(extra["metadata.json"])
+    np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-4)
+    assert metadata["classes"][0] == {"label": 1, "name": "disc", "category_id": 7}
+    assert metadata["resized_to"] == {"height": 320, "width": 320} and metadata["score_threshold"] == 0.4
+    # An existing file is never replaced.
+    before = output.read_bytes()
+    assert export.run(flags) == 1 and output.read_bytes() == before
+
+
+def test_a_file_that_disagrees_is_not_left_behind(checkpoint, tmp_path, monkeypatch, capfd):
+    honest = export.run_torchscript
+
+    def dishonest(path):
+        run = honest(path)
+        return lambda image: {**run(image), "boxes": run(image)["boxes"] + 1}
+
+    monkeypatch.setattr(export, "run_torchscript", dishonest)
+    flags = ["--checkpoint", str(checkpoint), "--format", "torchscript", "--output", str(tmp_path / "out" / "a.bin")]
+    assert export.run(flags) == 1
+    assert "no partner" in capfd.readouterr().err and list((tmp_path / "out").iterdir()) == []
+
+
+def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch, capfd, checkpoint):
+    content = load_checkpoint(checkpoint)
+    for key in content["model"]:
+        if "classification_head" in key and content["model"][key].is_floating_point():
+            content["model"][key].fill_(float("nan"))
+    from checkpoint import save_checkpoint
+
+    save_checkpoint(content, tmp_path / "nothing.pth")
+    flags = ["--checkpoint", str(tmp_path / "nothing.pth"), "--format", "torchscript"]
+    assert export.run(flags) == 1 and "nothing was compared" in capfd.readouterr().err
+    assert not (tmp_path / "nothing.torchscript").exists()
+
+
+def test_a_missing_library_is_named_with_its_pip_command(checkpoint, monkeypatch, capfd):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert export.run(["--checkpoint", str(checkpoint), "--format", "onnx"]) == 1
+    assert "pip install onnx onnxruntime" in capfd.readouterr().err
+
+
+def test_sizes_that_float32_rounds_down_are_resized_as_in_pytorch(tmp_path):
+    """427 x 640 to a short side of 160: in float32 the height comes out as 159."""
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    content = load_checkpoint(shaken_checkpoint(tmp_path / "a.pth", name))
+    content["model_spec"]["min_size"], content["model_spec"]["max_size"] = [160], 256
+    model, spec = rebuild_model(content)
+    rng = np.random.default_rng(0)
+    for height, width in ((427, 640), (640, 427), (375, 500), (333, 201)):
+        image = torch.from_numpy(rng.random((3, height, width), dtype=np.float32))
+        expected = model.transform.eval()([image])[0]
+        for to_format in ("onnx", "torchscript"):
+            resize = export.exportable(model, spec, to_format).model.transform
+            resize = torch.jit.script(resize) if to_format == "torchscript" else resize
+            found = resize([image])[0]
+            assert found.image_sizes == expected.image_sizes
+            assert torch.allclose(found.tensors, expected.tensors, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_format", ["onnx", "torchscript"])
+@pytest.mark.parametrize("name", NINE)
+def test_all_nine_models_are_exported(name, to_format, tmp_path):
+    checkpoint = shaken_checkpoint(tmp_path / "a.pth", name)
+    assert export.run(["--checkpoint", str(checkpoint), "--format", to_format]) == 0
+    assert (tmp_path / f"a{export.FORMATS[to_format]}").is_file()
