@@ -16,7 +16,7 @@ LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 
 # More classes than that are not told apart by colour.
 MAX_NAMED_CLASSES = 10
-# With more classes a matrix is drawn without the zeros and without classes that do not occur, and for the
+# With more classes a matrix is drawn without its small numbers and without classes that do not occur, and for the
 # `MAX_MATRIX_CLASSES` with the most objects at most; the file has all.
 MAX_NUMBERED_CLASSES = 15
 MAX_MATRIX_CLASSES = 50
@@ -102,10 +102,14 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     axes.set_xticks(range(len(shown)), [*labels, "(missed)"], rotation=90 if len(shown) > 4 else 0, fontsize=size)
     axes.set_yticks(range(len(shown)), [*labels, "(no object)"], fontsize=size)
     axes.set(xlabel="detected as (darker: larger share of the row)", ylabel="object")
-    for row, column in zip(*np.nonzero(counts)) if num_classes > MAX_NUMBERED_CLASSES else np.ndindex(*counts.shape):
+    # Thousands of numbers would take seconds to draw, and few of them could be read.
+    numbered = zip(*np.nonzero(shares >= 0.02)) if num_classes > MAX_NUMBERED_CLASSES else np.ndindex(*counts.shape)
+    for row, column in numbered:
         if (row, column) != (len(shown) - 1, len(shown) - 1):
             colour = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=size - 1)
+            number = str(counts[row, column])
+            text = axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=size - 1)
+            text.set_in_layout(False)
     return _to_png(figure)
 
 
