@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
 
-logger = logging.getLogger(__name__)
-
 # Folders of the newest and of the best evaluation's files, below the run's.
 NEWEST, BEST = "eval", "best"
 SUMMARY = "summary.json"
