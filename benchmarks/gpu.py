@@ -58,22 +58,17 @@ class KeypointAnchor(AnchorA):
         return image, target
 
 
-class Repeated(torch.utils.data.Sampler):
-    """The steps' worth of random batches; a sampler like those of the suite where the engine asks for one."""
+class Repeated(GroupedBatchSampler):
+    """As many batches as there are steps, epoch after epoch, as one epoch."""
 
     def __init__(self, inner, steps):
-        self.inner, self.steps = inner, steps
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def __len__(self):
-        return self.steps
+        self.__dict__.update(inner.__dict__)
+        self.inner, self.num_batches = inner, steps
 
     def __iter__(self):
         epochs = (self.inner.epoch_batches(epoch) for epoch in itertools.count())
         batches = ([(epoch, int(i)) for i in batch] for epoch, rows in enumerate(epochs) for batch in rows)
-        return itertools.islice(batches, self.steps)
+        return itertools.islice(batches, self.num_batches)
 
 
 class Timed:
@@ -190,8 +185,6 @@ def measure(args, name, way, device, from_memory):
 
 
 def run_engine(model, optimizer, loader, scaler, amp_dtype):
-    loader.batch_sampler.inner.num_batches = len(loader)  # one epoch is all the steps
-    assert isinstance(loader.batch_sampler.inner, GroupedBatchSampler)
     train_one_epoch(
         model,
         optimizer,
