@@ -270,23 +270,28 @@ class Campaign:
 
     def __init__(self, folder, model, flags, reference, rng):
         self.folder, self.model, self.flags, self.reference, self.rng = folder, model, flags, reference, rng
-        self.count = 0
+        self.count = self.num_runs = 0
 
     def launch(self, fault=None):
         self.count += 1
         folder = self.folder / f"trace{self.count}"
         options = {} if fault is None else {"torchrun": fault.torchrun, "env": fault.env, "prefix": fault.prefix}
-        return start(folder, self.folder / "out", self.flags, **options)
+        return start(folder, self.folder / f"out{self.num_runs}", self.flags, **options)
 
     def run(self, faults):
-        """Meet the faults in a random order; returns an outcome for each that the run lived long enough for."""
+        """Meet the faults in a random order; returns an outcome for each, and one for every end of a run."""
         outcomes, pending, previous = [], [], None
-        for fault in self.rng.sample(faults, len(faults)):
+        todo = self.rng.sample(faults, len(faults))
+        while todo:
+            fault = todo[0]
             job = self.launch(fault)
             outcome = Outcome(fault.name, self.model)
-            if not self.meet(fault, job, outcome):
-                print(f"  {self.model}: over before {fault.name}", flush=True)
-                break
+            if not self.meet(fault, job, outcome):  # the run has come to its end: the next fault meets a new one
+                outcomes.append(self.finish(pending, previous))
+                pending, previous = [], None
+                self.num_runs += 1
+                continue
+            todo.pop(0)
             if job.steps():
                 self.judge(pending, previous, job)
                 pending, previous = [], job
@@ -374,6 +379,9 @@ class Campaign:
         codes = job.end(600)
         if job.steps():
             self.judge(pending, previous, job)
+        elif codes is not None and not any(codes):  # nothing was left to compute
+            for _, pending_outcome in pending:
+                pending_outcome.resumed = True
         outcome = Outcome("end of the campaign", self.model)
         if codes is None or any(codes):
             outcome.problems.append(f"the last launch ended with {codes}")
@@ -459,7 +467,7 @@ def print_matrix(outcomes):
             print(row_of(fault.name, rows))
     print(row_of("all", outcomes))
     exact = sum(not o.problems for o in ends)
-    print(f"\nWeights and scores at the end as without faults: {exact} of {len(ends)} campaigns.")
+    print(f"\nWeights and scores at the end as without faults: {exact} of {len(ends)} runs.")
 
 
 def row_of(name, rows):
