@@ -63,9 +63,16 @@ def build_optimizer(
     # Fused kernels take an "is there a non-finite number" flag from the device, see engine.train_one_epoch.
     if name in ("sgd", "sgd_nesterov"):
         nesterov = name == "sgd_nesterov"
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
         )
+        if momentum:
+            # The fused kernel leaves the momentum uninitialised when the very first update is left out (torch 2.15,
+            # _fused_sgd: empty_like). Starting from zeros gives the same momentum after the first real update.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
     raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")

@@ -154,6 +154,23 @@ def test_an_update_with_the_flag_set_changes_nothing(name):
         assert model.weight.grad is None
 
 
+def test_the_first_update_can_be_left_out():
+    """The momentum is that of a run that begins with the second update, not what was in memory before."""
+    gradients = [torch.full((3, 3), float("nan")), torch.ones(3, 3), torch.full((3, 3), 2.0)]
+    left_out, plain = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    plain.load_state_dict(left_out.state_dict())
+    torch.full((1000, 3, 3), 1e30)  # rubbish for the allocator to hand out
+    optimizer = build_optimizer(left_out, "sgd", lr=0.1, momentum=0.9, weight_decay=0.0)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for step, gradient in enumerate(gradients):
+        left_out.weight.grad = gradient.clone()
+        update_parameters(optimizer, None, None, torch.tensor(float(step == 0)))
+        if step:
+            plain.weight.grad = gradient.clone()
+            reference.step()
+    assert torch.equal(left_out.weight, plain.weight)
+
+
 def test_clipping_limits_the_gradient_and_a_bad_norm_skips():
     model = nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer(model, "sgd", lr=1.0, momentum=0.0, weight_decay=0.0)

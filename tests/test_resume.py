@@ -1,6 +1,7 @@
 """A run that is interrupted and continued is the run that never stopped, to the last bit; tolerance 0 everywhere."""
 
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -112,6 +113,7 @@ def test_resuming_is_exact_for_masks_and_keypoints(tmp_path, task):
 
 
 def _verify_on_rank(rank, world_size, root, cases):
+    multiprocessing.set_start_method("fork", force=True)  # for loading processes, as in a run of its own
     patch = pytest.MonkeyPatch()
     use_tiny_detector(patch)
     parser = train.get_args_parser()
