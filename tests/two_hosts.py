@@ -55,7 +55,8 @@ def remove_hosts():
 def start_host(number, folder, out, flags):
     launcher = ["--nnodes=2", "--max-restarts=4", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29533"]
     launcher += ["--rdzv-id=two-hosts", f"--rdzv-conf=is_host={int(number == 0)}", f"--local-addr={ADDRESSES[number]}"]
-    env = {"GLOO_SOCKET_IFNAME": LINKS[number]}
+    # With torchrun's shared store the host that stayed does not tell its address to one that comes back (torch 2.15).
+    env = {"GLOO_SOCKET_IFNAME": LINKS[number], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     prefix = ("ip", "netns", "exec", HOSTS[number])
     return start(folder, out, flags, processes=1, torchrun=launcher, env=env, prefix=prefix)
 
