@@ -19,7 +19,7 @@ from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.frozen_norm:
         _freeze_batch_norms(model.get_submodule("backbone"), spec.frozen_norm_eps)
     _freeze_stages(model, architecture.backbone, spec.trainable_layers)
+    if is_rcnn:
+        _settle_pooling_scales(model)
     return model
 
 
@@ -204,6 +206,22 @@ def _build_ssdlite_with_full_tail(num_classes: int, options: dict[str, Any]) -> 
         "image_std": [0.5, 0.5, 0.5],
     }
     return SSD(backbone, anchors, size, num_classes, head=head, **{**defaults, **options})
+
+
+@torch.no_grad()
+def _settle_pooling_scales(model: nn.Module) -> None:
+    """Let RoI pooling work out the strides of its feature maps from an image whose size is a power of two.
+
+    It does so from the first batch it sees, and errs where that is of small images with sides between multiples of 32:
+    what a model computes would depend on where a run began.
+    """
+    side = 64
+    was_training = model.training
+    features = model.eval().get_submodule("backbone")(torch.zeros(1, 3, side, side))
+    for module in model.modules():
+        if isinstance(module, MultiScaleRoIAlign):
+            module(features, [torch.zeros(1, 4)], [(side, side)])
+    model.train(was_training)
 
 
 def _freeze_batch_norms(module: nn.Module, eps: float) -> None:

@@ -241,3 +241,21 @@ def test_the_iou_types_follow_the_task():
     assert spec_for("maskrcnn_resnet50_fpn").iou_types == ("bbox", "segm")
     assert spec_for("keypointrcnn_resnet50_fpn").iou_types == ("bbox", "keypoints")
     assert spec_for("ssd300_vgg16").iou_types == ("bbox",)
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_fpn", [32, 32]),
+        ("maskrcnn_resnet50_fpn", [4, 8, 16, 32]),
+        ("keypointrcnn_resnet50_fpn", [4, 8, 16, 32]),
+    ],
+)
+def test_pooling_knows_its_strides_whatever_comes_first(name, strides):
+    """torchvision's own model takes 33 pixels, padded to 64, for another stride; the order of batches then counts."""
+    spec = ModelSpec(name, 3, num_keypoints=2 if "keypoint" in name else 0, min_size=(33,), max_size=33)
+    model = build_model(spec).eval()
+    model([torch.rand(3, 33, 33)])
+    heads = [getattr(model.roi_heads, kind, None) for kind in ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")]
+    found = [pool.scales for pool in heads if pool is not None]
+    assert found == [[1 / stride for stride in strides]] * len(found) and found
