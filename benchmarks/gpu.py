@@ -21,6 +21,7 @@ import torch
 from anchors import AnchorA, anchor_b, zip_columns
 from step import logging_loop
 from torch.utils.data import DataLoader
+from torchvision.transforms import functional as tvf
 
 from data_loading import build_train_loader
 from datasets import Source, load_data
@@ -55,7 +56,7 @@ class KeypointAnchor(AnchorA):
         target = {"boxes": boxes, "labels": torch.ones(len(records), dtype=torch.int64), "keypoints": keypoints}
         for step in self.steps:
             image, target = step(image, target)
-        return image, target
+        return tvf.convert_image_dtype(tvf.pil_to_tensor(image), torch.float32), target
 
 
 class Repeated(GroupedBatchSampler):
