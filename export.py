@@ -107,15 +107,24 @@ class TracedResize(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Return ``image`` resized; targets are for training."""
-        shape = torch._shape_as_tensor(image)[-2:].to(torch.float64)
-        scale = torch.minimum(self.min_size[-1] / shape.min(), self.max_size / shape.max())
-        height, width = (shape * scale).floor().to(torch.int64)
+        height, width = resized_shape(torch._shape_as_tensor(image)[-2:], self.min_size[-1], self.max_size)
         resized = nnf.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)[0]
         return resized, target
 
 
+def resized_shape(shape: Tensor, min_size: int, max_size: int) -> Tensor:
+    """Return (height, width) int64 [2] after the model's resize, of ``shape`` int64 [2].
+
+    Division by a tensor of one's own: ``number / tensor`` is ``number * (1 / tensor)`` in torch, which rounds twice.
+    """
+    sides = shape.to(torch.float64)
+    limits = torch.tensor([min_size, max_size], dtype=torch.float64)
+    scale = (limits / torch.stack([sides.min(), sides.max()])).min()
+    return (sides * scale).floor().to(torch.int64)
+
+
 def exportable(model: nn.Module, spec: ModelSpec, to_format: str) -> OnePicture:
-    """Return a copy of a detector that keeps its sizes when scripted or traced."""
+    """Return a copy of a detector that has PyTorch's sizes when it is scripted or traced."""
     copied = copy.deepcopy(model)
     if spec.architecture.fixed_size is None:
         transform: Any = copied.transform

@@ -186,8 +186,8 @@ def main(args: argparse.Namespace) -> int:
     logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
     logger.info("score threshold %.4g (%s)", threshold, origin)
     output_dir = make_output_dir(args.output_dir)
-    overlays = output_dir / "overlays"
-    overlays.mkdir(exist_ok=True) if args.overlays else None
+    if args.overlays:
+        (output_dir / "overlays").mkdir()
 
     # Image ids count from 1 in the order of the files, broken ones included.
     digits = len(str(len(paths)))

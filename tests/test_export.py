@@ -150,6 +150,16 @@ def test_sizes_that_float32_rounds_down_are_resized_as_in_pytorch(tmp_path):
             assert torch.allclose(found.tensors, expected.tensors, atol=1e-5)
 
 
+def test_traced_sizes_are_those_of_plain_division():
+    for short in range(60, 1000):
+        long = short * 3 // 2
+        scale = min(96 / short, 160 / long)
+        expected = [int(short * scale), int(long * scale)]
+        assert export.resized_shape(torch.tensor([short, long]), 96, 160).tolist() == expected
+        # The height that torchvision has when it computes in Python, for pictures that only their short side limits.
+        assert export.resized_shape(torch.tensor([short, short]), 96, 160).tolist() == [int(short * (96 / short))] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to_format", ["onnx", "torchscript"])
 @pytest.mark.parametrize("name", NINE)

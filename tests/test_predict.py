@@ -189,7 +189,7 @@ def test_files_folders_and_globs_are_found_once_and_in_order(photos):
 
 
 def test_large_pictures_come_in_smaller_batches(tmp_path):
-    side = int(MAX_BATCH_PIXELS**0.5)
+    side = int(MAX_BATCH_PIXELS**0.5) + 1
     for n, size in enumerate([(8, 8), (8, 8), (side, side), (8, 8)]):
         Image.new("L", size).save(tmp_path / f"{n}.png")
     batches, bad = form_batches(sorted(tmp_path.glob("*.png")), 3)
