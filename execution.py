@@ -1,10 +1,12 @@
 """How a model is carried out: memory format, compiled backbone, several processes, profiler. The results stay."""
 
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,10 +103,13 @@ def distribute(model: nn.Module, device: torch.device, accumulate: int = 1) -> n
     """
     if not dist.is_initialized():
         return model
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    syncs_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    options: dict[str, Any] = {syncs_buffers: False}
     return nn.parallel.DistributedDataParallel(
         model,
         [device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **options,
         gradient_as_bucket_view=True,
         static_graph=accumulate == 1,  # DDP does not support it together with no_sync
     )

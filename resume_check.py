@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoint import NEWEST, load_checkpoint, open_checkpoint
 from engine import Progress
 from stopping import StopRequest
-from utils import all_reduce_max, broadcast_json, rank
+from utils import all_reduce_max, barrier, broadcast_json, rank
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def check_resume(train: Callable[[str, str, Probe], int], resume: str, num_updat
 
 def _compare(whole: list[list[str]], first: list[list[str]], second: list[list[str]], folder: Path) -> bool:
     """Print both hashes of losses and weights; returns whether all processes found them equal."""
+    barrier()  # the first process may still be writing
     parts = [*first, *second]
     step = next((k for k, (a, b) in enumerate(zip(whole, parts)) if a != b), min(len(whole), len(parts)))
     same_losses = whole == parts
