@@ -31,6 +31,8 @@ def shaken_checkpoint(path, name, score_threshold=None):
             if "cls_score" in key or "cls_logits" in key or "classification_head" in key:
                 spread = 0.02 if parameter.dim() > 1 else 0.5
                 parameter.add_(torch.randn_like(parameter) * spread)
+            elif "conv5_mask.weight" in key:  # without the chequered pattern of random weights, which no mask has
+                parameter.copy_(parameter.mean(dim=(2, 3), keepdim=True).expand_as(parameter))
             elif "kps_score" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     content = {

@@ -28,7 +28,7 @@ def detections(num=6, seed=0):
         "boxes": np.concatenate([corners, corners + 20], axis=1).astype(np.float32),
         "labels": rng.integers(1, 4, num),
         "scores": np.sort(rng.uniform(0.3, 1, num))[::-1].astype(np.float32),
-        "masks": rng.uniform(0, 1, (num, 1, 60, 60)).astype(np.float32),
+        "masks": np.pad(np.full((num, 1, 30, 30), 0.7, dtype=np.float32), ((0, 0), (0, 0), (15, 15), (15, 15))),
         "keypoints": rng.uniform(0, 60, (num, 3, 3)).astype(np.float32),
     }
 
@@ -54,12 +54,20 @@ def test_equal_detections_agree_in_any_order():
         ("labels", 0, 1, "no partner"),
         ("scores", 0, -0.01, "no partner"),
         ("keypoints", (1, 2, 0), 0.3, "keypoint of detection 1 is off by 0.3 px"),
-        ("masks", 2, 0.4, "mask of detection 2 differs"),
+        ("masks", (2, 0, slice(50, 56)), 0.7, "mask of detection 2 differs"),
+        ("masks", (2, 0, slice(20, 23)), -0.7, "mask of detection 2 differs"),
     ],
 )
 def test_what_differs_is_refused_and_named(key, position, amount, text):
     with pytest.raises(ValueError, match=f"^a.jpg: .*{text}"):
         compare_outputs(detections(), changed(key, position, amount), Agreement(), "a.jpg")
+
+
+def test_a_mask_may_move_by_one_pixel_and_no_more():
+    expected = detections()
+    compare_outputs(expected, {**expected, "masks": np.roll(expected["masks"], 1, axis=3)}, Agreement(), "a.jpg")
+    with pytest.raises(ValueError, match="mask of detection 0 differs"):
+        compare_outputs(expected, {**expected, "masks": np.roll(expected["masks"], 2, axis=3)}, Agreement(), "a.jpg")
 
 
 def test_only_the_end_of_a_list_may_lack_a_partner():
