@@ -183,7 +183,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.frozen_norm:
         _freeze_batch_norms(model.get_submodule("backbone"), spec.frozen_norm_eps)
     _freeze_stages(model, architecture.backbone, spec.trainable_layers)
-    if is_rcnn:
+    if is_rcnn and not next(model.parameters()).is_meta:
         _settle_pooling_scales(model)
     return model
 
