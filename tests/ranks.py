@@ -32,7 +32,7 @@ def run_on_ranks(world_size, function, *args):
             process.start()
         results = {}
         for _ in processes:
-            rank, result, error = queue.get(timeout=300)
+            rank, result, error = queue.get(timeout=600)
             if error is not None:
                 for process in processes:
                     process.kill()

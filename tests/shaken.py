@@ -13,16 +13,11 @@ def drawn_images(num_images):
     return [torch.from_numpy(drawer.read(annotations, n)).permute(2, 0, 1) / 255 for n in range(num_images)]
 
 
-def shaken_checkpoint(path, name, score_threshold=None):
-    """Write a checkpoint whose norms fit drawn pictures and whose classifier has wide weights: many distinct scores."""
-    torch.manual_seed(0)
-    sizes = {} if ARCHITECTURES[name].fixed_size else {"min_size": (96,), "max_size": 160}
-    is_keypoint = ARCHITECTURES[name].task == "keypoint"
-    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, detections_per_img=30, **sizes)
-    model = build_model(spec)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
+def shake(model):
+    """Let norms fit drawn pictures and the classifier have wide weights: many distinct scores."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
     with torch.no_grad():
         model.train()
         model.backbone(model.transform(drawn_images(4))[0].tensors)
@@ -35,6 +30,16 @@ def shaken_checkpoint(path, name, score_threshold=None):
                 parameter.copy_(parameter.mean(dim=(2, 3), keepdim=True).expand_as(parameter))
             elif "kps_score" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def shaken_checkpoint(path, name, score_threshold=None):
+    """Write the checkpoint of a shaken model."""
+    torch.manual_seed(0)
+    sizes = {} if ARCHITECTURES[name].fixed_size else {"min_size": (96,), "max_size": 160}
+    is_keypoint = ARCHITECTURES[name].task == "keypoint"
+    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, detections_per_img=30, **sizes)
+    model = build_model(spec)
+    shake(model)
     content = {
         "model": model.state_dict(),
         "model_spec": spec.to_plain(),
