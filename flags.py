@@ -222,6 +222,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
     if args.rpn_score_thresh is not None and "rcnn" not in args.model:
         parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
+    if args.model.startswith("ssdlite") and args.batch_size == 1 and not args.test_only:
+        parser.error(f"--batch-size 1: {args.model} trains on at least 2, its last maps have one value per channel")
     if args.ema is not None and not 0 < args.ema < 1:
         parser.error(f"--ema {args.ema}: expected a decay between 0 and 1, such as 0.9998")
     if args.best_metric is None:

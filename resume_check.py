@@ -21,6 +21,10 @@ from utils import all_reduce_max, barrier, broadcast_json, rank
 logger = logging.getLogger(__name__)
 
 
+class ResumeCheckError(ValueError):
+    """The check could not be made; the text says why."""
+
+
 class Probe(StopRequest):
     """Notes the losses of every step and asks to stop after some updates.
 
@@ -77,7 +81,8 @@ def check_resume(train: Callable[[str, str, Probe], int], resume: str, num_updat
         num_updates: Length of both runs; the interruption is in the middle.
 
     Raises:
-        ValueError: There was nothing to train, or a run failed.
+        ResumeCheckError: There was nothing to train, or a run failed.
+        CheckpointError: ``resume`` cannot be used.
     """
     holder = tempfile.TemporaryDirectory(prefix="verify-resume-") if rank() == 0 else None
     try:
@@ -93,7 +98,7 @@ def check_resume(train: Callable[[str, str, Probe], int], resume: str, num_updat
         newest = folder / "parts" / "weights" / NEWEST
         codes.append(train(str(folder / "parts"), str(newest), second))
         if any(codes) or not whole.losses:
-            raise ValueError(f"the check of resuming could not train (exit codes {codes}); see the lines above")
+            raise ResumeCheckError(f"the check of resuming could not train (exit codes {codes}); see the lines above")
         return _compare(whole.losses, first.losses, second.losses, folder)
     finally:
         if holder is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import open_checkpoint, rebuild_model
+from checkpoint import CheckpointError, open_checkpoint, rebuild_model
 from coco_eval import CocoEvaluator
 from data_loading import DeviceLoader, build_train_loader, build_val_loader
 from datasets import Data, load_data
@@ -32,7 +32,7 @@ from models import ARCHITECTURES, ModelSpec
 from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
 from plan import Plan, rehearse
 from report_page import publish
-from resume_check import Probe, check_resume
+from resume_check import Probe, ResumeCheckError, check_resume
 from run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
 from safeguards import explain_failure, prepare_process
 from scoring import Evaluation, score_model
@@ -276,8 +276,10 @@ def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: Stop
         changes = {"output_dir": output_dir, "resume": resume, "eval_every": 0, "dry_run": False}
         return main(argparse.Namespace(**{**vars(args), **changes}), distributed, probe, probe.note)
 
-    with errors_in_one_line():
+    try:
         same = check_resume(train, args.resume, args.verify_resume)
+    except (CheckpointError, ResumeCheckError) as error:
+        raise SetUpError(str(error)) from error
     logger.info("equal" if same else "NOT equal: do not rely on resuming with these flags")
     if not same and distributed.device.type == "cuda" and not args.use_deterministic_algorithms:
         logger.info("GPU kernels may add in another order each time: --use-deterministic-algorithms rules that out")

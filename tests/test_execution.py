@@ -17,6 +17,9 @@ CPU = torch.device("cpu")
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
 
 
+LIGHT = ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+
+
 class Detector(nn.Module):
     """What `compile_backbone` needs of a detector: a backbone that returns named feature maps."""
 
@@ -101,7 +104,7 @@ def _train_in_ddp(rank, world_size, names):
         spec = ModelSpec(name, 3, num_keypoints=3 if "keypoint" in name else 0, **sizes)
         torch.manual_seed(0)
         model = build_model(spec).train()
-        for variant in ("static", "plain"):
+        for variant in ("static", "plain") if name in LIGHT else ("static",):
             bare = copy.deepcopy(model)
             wrapped = distribute(bare, CPU) if variant == "static" else DistributedDataParallel(bare)
             optimizer = torch.optim.SGD(bare.parameters(), lr=1e-3)
@@ -120,6 +123,7 @@ def test_a_static_graph_holds_for_all_models_with_and_without_objects():
     first, second = run_on_ranks(2, _train_in_ddp, NINE)
     for name in NINE:
         assert first[f"{name} static"] == second[f"{name} static"], name
+    for name in LIGHT:
         assert first[f"{name} static"] == first[f"{name} plain"], name
 
 

@@ -149,7 +149,7 @@ def test_resuming_is_exact_on_two_processes_in_every_case(tmp_path):
 @pytest.mark.slow
 def test_verify_resume_works_under_torchrun_and_writes_nothing(drawn_coco, tmp_path):
     flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--device", "cpu", "--workers", "1"]
-    flags += ["--batch-size", "1", "--verify-resume", "4", "--output-dir", tmp_path / "out"]
+    flags += ["--batch-size", "2", "--verify-resume", "4", "--output-dir", tmp_path / "out"]
     done = run_train(*flags, processes=2, env={"TMPDIR": str(tmp_path)})
     assert done.stdout.rstrip().endswith("equal") and "NOT" not in done.stdout
     hashes = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("uninterrupted", "continued"))]
