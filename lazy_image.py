@@ -105,7 +105,7 @@ def _brightness(image: LazyImage, brightness_factor: float) -> LazyImage:
 
 @register_kernel(tvf.adjust_contrast, LazyImage)
 def _contrast(image: LazyImage, contrast_factor: float) -> LazyImage:
-    return image.viewed_as(image.view.recolour("contrast", float(contrast_factor)))
+    return image.viewed_as(image.view.recolour("contrast", (float(contrast_factor), mean_grey(image.pixels))))
 
 
 @register_kernel(tvf.adjust_saturation, LazyImage)
@@ -129,19 +129,19 @@ def render(image: LazyImage, placement: Placement, resize: bool = True) -> np.nd
     Args:
         image: The source and its view.
         placement: ``image.view.place()``.
-        resize: If False, only the crop and the colours are done here; `finish_pixels` does the rest, on any device.
+        resize: If False, only the crop is done here; `finish_pixels` does the rest, on any device.
 
     Returns:
         uint8 [H, W, 3]: the canvas, or without ``resize`` the shown part at the source's resolution.
     """
     x1, y1, x2, y2 = placement.source
     part = image.pixels[y1:y2, x1:x2]
-    if resize and placement.target_size != placement.source_size:
-        part = _resize_pixels(part, placement.target_size, placement.antialias)
-    if image.view.colour_ops:
-        part = recolour(part, image.view.colour_ops, image.pixels)
     if not resize:
         return part
+    if placement.target_size != placement.source_size:
+        part = _resize_pixels(part, placement.target_size, placement.antialias)
+    if placement.colour_ops:
+        part = _recolour_pixels(part, placement.colour_ops)
     if not placement.fills_canvas:
         canvas = np.empty((placement.height, placement.width, 3), dtype=np.uint8)
         canvas[:] = np.tile(np.array(placement.fill, dtype=np.uint8), (placement.width, 1))  # rows, not pixels
@@ -165,7 +165,7 @@ def _resize_pixels(pixels: np.ndarray, size: tuple[int, int], antialias: bool) -
 
 
 def finish_pixels(pixels: Tensor, placement: Placement) -> Tensor:
-    """Do on ``pixels``' device what `render` left out: resize, place on the canvas, mirror.
+    """Do on ``pixels``' device what `render` left out: resize, recolour, place on the canvas, mirror.
 
     Args:
         pixels: float [3, h, w] in 0..1, ``placement.source_size`` large.
@@ -177,9 +177,12 @@ def finish_pixels(pixels: Tensor, placement: Placement) -> Tensor:
     if placement.target_size != placement.source_size:
         size, antialias = placement.target_size, placement.antialias
         pixels = nnf.interpolate(pixels[None], size=size, mode="bilinear", antialias=antialias)[0]
+    if placement.colour_ops:
+        pixels = recolour(pixels.mul(255).round_(), placement.colour_ops).mul_(1 / 255)
     if not placement.fills_canvas:
-        fill = torch.tensor(placement.fill, dtype=pixels.dtype, device=pixels.device) / 255
-        canvas = fill[:, None, None].expand(3, placement.height, placement.width).clone()
+        canvas = pixels.new_empty((3, placement.height, placement.width))
+        for plane, level in zip(canvas, placement.fill):  # a tensor of the three levels would have to be waited for
+            plane.fill_(level / 255)
         left, top, right, bottom = placement.target
         canvas[:, top:bottom, left:right] = pixels
         pixels = canvas
@@ -198,26 +201,41 @@ def finish_masks(masks: Tensor, placement: Placement) -> Tensor:
     return masks.flip(-1) if placement.flipped else masks
 
 
-def recolour(pixels: np.ndarray, ops: tuple[tuple[str, Any], ...], source: np.ndarray) -> np.ndarray:
-    """Apply colour changes to uint8 [H, W, 3].
+def mean_grey(pixels: np.ndarray) -> float:
+    """Return the mean grey level of uint8 [H, W, 3], estimated from every fourth pixel of every fourth row."""
+    return float(np.floor(pixels[::4, ::4].astype(np.float32) @ np.array(LUMA, dtype=np.float32)).mean())
 
-    The same operations as torchvision's ``adjust_*`` on uint8, each cut to whole levels as there. Contrast pulls
-    towards the mean grey of the whole source image, estimated from every fourth pixel of every fourth row.
+
+def _recolour_pixels(pixels: np.ndarray, ops: tuple[tuple[str, Any], ...]) -> np.ndarray:
+    """Apply colour changes to uint8 [H, W, 3]."""
+    planes = recolour(torch.from_numpy(np.stack([pixels[:, :, c] for c in range(3)]).astype(np.float32)), ops)
+    changed = np.empty_like(pixels)
+    for c, plane in enumerate(planes.numpy().astype(np.uint8)):
+        changed[:, :, c] = plane
+    return changed
+
+
+def recolour(planes: Tensor, ops: tuple[tuple[str, Any], ...]) -> Tensor:
+    """Apply colour changes, on any device.
+
+    The same operations as torchvision's ``adjust_*`` on uint8, each cut to whole levels as there.
 
     Args:
-        pixels: What to change.
-        ops: (name, value) in order, as `View.colour_ops`.
-        source: uint8, the whole image.
+        planes: float [3, H, W], whole levels 0..255; overwritten.
+        ops: (name, value) in order, as `View.colour_ops`; the value of a contrast is (factor, `mean_grey` of the
+            whole source image), towards which it pulls.
+
+    Returns:
+        Of the same shape and range.
     """
-    planes = torch.from_numpy(np.stack([pixels[:, :, c] for c in range(3)]).astype(np.float32))
     brightness = 1.0
     for name, value in ops:
         if name == "brightness":
             planes.mul_(value).clamp_(max=255).floor_()
             brightness *= value
         elif name == "contrast":
-            mean = float(np.floor(source[::4, ::4].astype(np.float32) @ np.array(LUMA, dtype=np.float32)).mean())
-            planes.mul_(value).add_((1 - value) * min(mean * brightness, 255)).clamp_(0, 255).floor_()
+            factor, mean = value
+            planes.mul_(factor).add_((1 - factor) * min(mean * brightness, 255)).clamp_(0, 255).floor_()
         elif name == "saturation":
             grey = (planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]).floor_()
             planes.mul_(value).add_(grey, alpha=1 - value).clamp_(0, 255).floor_()
@@ -225,13 +243,10 @@ def recolour(pixels: np.ndarray, ops: tuple[tuple[str, Any], ...], source: np.nd
             _shift_hue(planes, value)
             planes.mul_(255.999 / 255).floor_()
         elif name == "permute":
-            planes = planes[value]
+            planes = torch.stack([planes[c] for c in value])
         else:
             raise ValueError(f"unknown colour change {name!r}")
-    changed = np.empty_like(pixels)
-    for c, plane in enumerate(planes.numpy().astype(np.uint8)):
-        changed[:, :, c] = plane
-    return changed
+    return planes
 
 
 def _shift_hue(planes: Tensor, shift: float) -> None:

@@ -13,9 +13,8 @@ PRESETS = ("hflip", "lsj", "multiscale", "ssd", "ssdlite")
 # Presets that choose the training size themselves: the model must not resize again.
 RESIZING_PRESETS = ("lsj", "multiscale")
 
-# Presets whose resize a CUDA device does instead of the workers. Not ssd's: the small picture is recoloured there,
-# after the resize, at a fraction of the cost.
-DEVICE_PRESETS = ("lsj", "multiscale", "ssdlite")
+# Presets whose resize, and what follows it, a CUDA device does instead of the workers: all that resize.
+DEVICE_PRESETS = ("lsj", "multiscale", "ssd", "ssdlite")
 
 # Mean colour of ImageNet in 0..255, shown around an image that is zoomed out.
 MEAN_COLOUR = (123.0, 117.0, 104.0)

@@ -103,10 +103,10 @@ class View:
         resize after a pad moves its edges by half a pixel at the most; boxes, keypoints and masks use the
         rounded figures too, so they stay exactly on the pixels.
         """
-        x1, x2 = _round_range(self.visible[0], self.visible[2])
-        y1, y2 = _round_range(self.visible[1], self.visible[3])
+        x1, y1, x2, y2 = self.visible
         left, right = _round_range(self.scale_x * x1 + self.offset_x, self.scale_x * x2 + self.offset_x, self.width)
         top, bottom = _round_range(self.scale_y * y1 + self.offset_y, self.scale_y * y2 + self.offset_y, self.height)
+        (x1, x2), (y1, y2) = _round_range(x1, x2), _round_range(y1, y2)
         return Placement(
             source=(x1, y1, x2, y2),
             target=(left, top, right, bottom),
@@ -115,6 +115,7 @@ class View:
             flipped=self.flipped,
             fill=self.fill,
             antialias=self.antialias,
+            colour_ops=self.colour_ops,
         )
 
 
@@ -139,6 +140,7 @@ class Placement:
         flipped: Whether the canvas is mirrored left to right.
         fill: RGB in 0..255 around ``target``.
         antialias: Whether shrinking averages over source pixels.
+        colour_ops: Colour changes of the resized picture, as in `View`.
     """
 
     source: tuple[int, int, int, int]
@@ -148,6 +150,7 @@ class Placement:
     flipped: bool
     fill: tuple[float, ...]
     antialias: bool
+    colour_ops: tuple[tuple[str, Any], ...] = ()
 
     @property
     def source_size(self) -> tuple[int, int]:

@@ -8,8 +8,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from lazy_image import LazyImage, finish_masks, finish_pixels, recolour, render
+from lazy_image import LazyImage, finish_masks, finish_pixels, render
 from masks import block_from_mask, paste_blocks
+from presets import build_transforms
 from transforms import FixedSizeCrop, RandomIoUCrop
 from views import View
 
@@ -139,6 +140,32 @@ def test_finishing_on_the_device_equals_rendering_in_the_worker():
         assert np.abs(in_worker - on_device).max() <= 1.01 / 255
 
 
+def test_recolouring_on_the_device_equals_rendering_in_the_worker():
+    """The resize is rounded to whole levels in both places; one level there may become eight."""
+    boxes = np.array([[10, 10, 90, 80]], dtype=np.float32)
+    transform = build_transforms("ssd", fixed_size=(60, 60))
+    recoloured = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image = transform(LazyImage.of(photo(), boxes))
+        placement = image.view.place()
+        in_worker = render(image, placement).astype(np.float32)
+        part = chw(render(image, placement, resize=False)).float() / 255
+        on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy() * 255
+        difference = np.abs(in_worker - on_device)
+        assert difference.max() <= 8 and difference.mean() <= 0.5
+        assert np.abs(on_device - on_device.round()).max() < 1e-3  # whole levels, as uint8 pictures have
+        recoloured += bool(placement.colour_ops)
+    assert recoloured >= 10
+
+
+def test_no_strip_of_the_fill_colour_stays_where_an_enlarged_picture_is_cropped():
+    transform = v2.Compose([v2.ScaleJitter((160, 160), (1.2, 2.0)), FixedSizeCrop(160, 160), v2.RandomHorizontalFlip()])
+    for seed in range(30):
+        image, _ = run(transform, photo(), seed=seed)
+        assert image.view.place().fills_canvas
+
+
 def test_an_operation_without_a_kernel_fails_instead_of_using_stale_pixels():
     with pytest.raises((RuntimeError, AttributeError, ValueError)):
         blurred = v2.GaussianBlur(3)(LazyImage.of(photo()))
@@ -152,7 +179,7 @@ def test_colour_changes_are_torchvisions_within_a_bound(seed):
     params = v2.RandomPhotometricDistort().make_params([chw(photo(seed=seed))])
     plain = v2.RandomPhotometricDistort().transform(chw(photo(seed=seed)), params)
     noted = v2.RandomPhotometricDistort().transform(LazyImage.of(photo(seed=seed)), params)
-    got = recolour(photo(seed=seed), noted.view.colour_ops, photo(seed=seed)).astype(int)
+    got = render(noted, noted.view.place()).astype(int)
     difference = np.abs(got - plain.permute(1, 2, 0).numpy().astype(int))
     assert difference.max() <= 4
     assert difference.mean() <= 1.0
@@ -160,7 +187,8 @@ def test_colour_changes_are_torchvisions_within_a_bound(seed):
 
 def test_hue_alone_equals_torchvision_up_to_rounding():
     for shift in (-0.05, 0.02, 0.05):
-        got = recolour(photo(), (("hue", shift),), photo()).astype(int)
+        noted = tvf.adjust_hue(LazyImage.of(photo()), shift)
+        got = render(noted, noted.view.place()).astype(int)
         plain = tvf.adjust_hue(chw(photo()), shift).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(got - plain).max() <= 1
 
