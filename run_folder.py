@@ -96,6 +96,10 @@ class RunFolder:
         """Whether the newest state is not on the disk."""
         return self.checkpoints is not None and self.checkpoints.last_save_failed
 
+    def best_epoch(self) -> int | None:
+        """Return the epoch that ``best/`` and ``weights/best.pth`` are of, the same on all processes."""
+        return broadcast_json(read_summary(self.path / BEST).get("epoch"))
+
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:
         """Write a checkpoint, see `CheckpointFolder.save`."""
         if self.checkpoints is not None:

@@ -148,6 +148,7 @@ def main(
         output = None
         if output_dir is not None and not args.dry_run:
             output = RunFolder(output_dir, keep=args.keep_checkpoints)
+            state.forget_other_best(output.best_epoch())
     if args.dry_run:
         logger.info("%s", rehearse(plan, model, amp_dtype))
         return 0

@@ -139,6 +139,20 @@ class TrainingState:
                 "; ".join(changes),
             )
 
+    def forget_other_best(self, best_epoch: int | None) -> None:
+        """Choose the best anew from here on where the run's folder does not hold the best that the checkpoint knows.
+
+        So it is after going back to an older checkpoint, whose later epochs are given up, and in a new folder.
+
+        Args:
+            best_epoch: See `RunFolder.best_epoch`.
+        """
+        if self.best and self.best["epoch"] != best_epoch:
+            held = "no best epoch" if best_epoch is None else f"epoch {best_epoch} as the best"
+            text = "the run's folder holds %s, the checkpoint knows epoch %d: the best is chosen anew from here on"
+            logger.warning(text, held, self.best["epoch"])
+            self.best = {}
+
     def note_best(self, metric: str) -> bool:
         """Compare the last evaluation with the best one so far; returns whether it is the best now.
 

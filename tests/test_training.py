@@ -46,6 +46,16 @@ def test_the_best_evaluation_is_kept_and_counted(caplog):
     assert "0.6000 of epoch 3, against 0.3000 of epoch 0" in lines[3] and "within" not in lines[3]
 
 
+def test_a_best_epoch_that_the_folder_does_not_hold_is_forgotten(caplog):
+    state = list(state_with([0.3, 0.2]))[-1]
+    state.note_best("bbox/AP")
+    known = dict(state.best)
+    state.forget_other_best(known["epoch"])
+    assert state.best == known and not caplog.records
+    state.forget_other_best(known["epoch"] + 4)
+    assert state.best == {} and "chosen anew" in caplog.text
+
+
 def test_an_evaluation_without_a_figure_is_no_best():
     (state,) = state_with([None])
     assert not state.note_best("bbox/AP") and state.best == {}
@@ -165,6 +175,14 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path):
     again = tmp_path / "again"
     run_train(*common, "--test-only", "--resume", out / "weights" / "best.pth", "--output-dir", again)
     assert json.loads((again / "metrics.jsonl").read_text())["bbox"] == lines[0]["bbox"]
+
+    # Epoch 7 of a continuation that was given up is the best in the folder: going on from here, the best is another.
+    summary = json.loads((out / "best" / "summary.json").read_text())
+    (out / "best" / "summary.json").write_text(json.dumps({**summary, "epoch": 7}))
+    flags = (*common, "--ema", "0.9", "--epochs", "3", "--resume", "auto", "--output-dir", out)
+    assert "holds epoch 7 as the best, the checkpoint knows epoch 0" in run_train(*flags).stdout
+    assert load_checkpoint(out / "weights" / "best.pth")["best"]["epoch"] == 2
+    assert json.loads((out / "best" / "summary.json").read_text())["epoch"] == 2
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path):
