@@ -7,6 +7,7 @@ The flags are those of train.py. Errors are those that training would stop at; e
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -135,4 +136,5 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     sys.exit(run())

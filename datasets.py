@@ -15,7 +15,7 @@ from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
 from detection_dataset import ImageFolder, ImageSource, LabelMap
 from findings import Findings
-from image_checks import check_decoding, check_files, check_headers
+from image_checks import check_decoding, check_files, check_headers, find_shared_files
 from keypoints import COCO_PERSON_KEYPOINTS, Skeleton, check_flip_order, choose_sigmas, flip_order, infer_flip_pairs
 from shapes_dataset import ShapeDrawer, shapes_annotations
 
@@ -265,6 +265,8 @@ def load_data(
     unknown = [name for id_, name in val.annotations.categories if id_ not in label_map.category_ids]
     if unknown:
         logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
+    if train is not None:
+        _warn_of_overlap(train, val)
     if task != "keypoint":
         return Data(train, val, label_map)
 
@@ -278,6 +280,25 @@ def load_data(
     values, origin = choose_sigmas(sigmas, of_split.skeleton, num_keypoints)
     logger.info("OKS sigmas from %s: %s", origin, " ".join(f"{s:g}" for s in values))
     return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values)
+
+
+def _warn_of_overlap(train: Split, val: Split) -> None:
+    """Warn of pictures that are trained on and scored on."""
+    paths = []
+    for split in (train, val):
+        if not isinstance(split.images, ImageFolder):
+            return
+        paths.append([split.images.root / split.annotations.file_name(i) for i in split.indices.tolist()])
+    pairs = find_shared_files(*paths)
+    if pairs:
+        example = f"{pairs[0][1]} is {pairs[0][0]}"
+        logger.warning(
+            "%d of %d pictures to evaluate on are also trained on (%s): scores will be too good; "
+            "check_dataset.py lists them",
+            len(pairs),
+            len(val.indices),
+            example,
+        )
 
 
 def _proven_flip_order(split: Split) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from annotations import Annotations, default_cache_dir
 from findings import Findings
 from images import BadImageError, read_header, read_image
+from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,32 @@ def _header_problem(path: Path, size: tuple[int, int]) -> str | None:
     except BadImageError as error:
         return str(error).partition(": ")[2]
     return None
+
+
+def find_shared_files(first: Sequence[Path], second: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Return pairs of files, one of each list, that are the same byte for byte.
+
+    Only files of equal size are read. Lists of more than `MAX_HEADERS` files together are not looked at.
+    """
+    if len(first) + len(second) > MAX_HEADERS:
+        return []
+    of_size: dict[int, list[Path]] = {}
+    for path in first:
+        of_size.setdefault(path.stat().st_size, []).append(path)
+    known: dict[Path, str] = {}
+
+    def digest(path: Path) -> str:
+        if path not in known:
+            known[path] = sha256_of_file(path)
+        return known[path]
+
+    pairs = []
+    for path in second:
+        candidates = of_size.get(path.stat().st_size, ())
+        same = next((other for other in candidates if digest(other) == digest(path)), None)
+        if same is not None:
+            pairs.append((same, path))
+    return pairs
 
 
 def check_decoding(

@@ -9,6 +9,7 @@ Kinds of score are those that the results have entries for, unless --iou-types s
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -141,4 +142,5 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     sys.exit(run())

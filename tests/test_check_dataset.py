@@ -195,6 +195,7 @@ FAULTS = [
     ("a side alone", custom, POINTS, write_info(keypoint_names=["left end", "b", "c"], skeleton=[]), "'left end' has no partner"),
     ("EXIF", custom, POINTS, turn(refits=True), r"turned or mirrored by EXIF\n +images/im_000\.png"),
     ("leaked file", custom, POINTS, copy_of(("train", "im_001"), ("test", "leak")), r"also in train.*\n +val/images/leak\.png is the same file as train/images/im_001\.png"),
+    ("leaked file, said by training too", custom, POINTS, copy_of(("train", "im_001"), ("test", "leak")), r"1 of \d+ pictures to evaluate on are also trained on \("),
     ("leaked look", custom, POINTS, copy_of(("train", "im_002"), ("test", "leak"), lambda im: im.point(lambda v: min(255, int(v * 1.1)))), r"also in train.*\n +val/images/leak\.jpg looks like train/images/im_002\.png"),
     ("a copy", custom, POINTS, copy_of(("train", "im_004"), ("train", "zz")), r"copies of another.*\n +images/zz\.png is the same file as images/im_004\.png"),
     ("point far away", custom, POINTS, first_entry(lambda e: e.update(bboxes=[[2, 2, 22, 22]], labels=["tube"], keypoints=[[[4, 4, 2], [20, 4, 2], [70, 50, 2]]])), r"far outside their box\n +images/im_000\.png: .*: middle at \(70, 50\)"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from image_checks import find_shared_files
 from images import BadImageError, read_header, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
@@ -104,3 +105,15 @@ def test_one_pixel_and_very_long_images_are_read(tmp_path):
     for size in ((1, 1), (500, 5)):
         path = save(Image.new("RGB", size, (1, 2, 3)), tmp_path / "a.png")
         assert read_image(path).shape == (size[1], size[0], 3)
+
+
+def test_files_that_stand_in_both_splits_are_found(tmp_path):
+    for folder, names in (("train", "abc"), ("val", "xyz")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(f"content of {folder}/{name}".encode())
+    (tmp_path / "val" / "y").write_bytes((tmp_path / "train" / "b").read_bytes())
+    (tmp_path / "val" / "z").write_bytes((tmp_path / "train" / "c").read_bytes()[::-1])  # same size, other bytes
+    train, val = ([tmp_path / folder / name for name in names] for folder, names in (("train", "abc"), ("val", "xyz")))
+    assert find_shared_files(train, val) == [(tmp_path / "train" / "b", tmp_path / "val" / "y")]
+    assert find_shared_files([], val) == []
