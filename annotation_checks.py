@@ -19,6 +19,10 @@ from masks import compress_rle, run_lengths
 
 Record = dict[str, Any]
 
+# The overlaps of so many boxes with all anchors of an 800 x 1333 picture take 10 GB, whatever the model; real pictures
+# of crowds, cells or shelves show a few thousand.
+MAX_OBJECTS_PER_IMAGE = 10_000
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -155,7 +159,21 @@ def check_objects(
             problem = f"annotation id {id_} is also that of {rules.object_place(first_with[id_])}"
             findings.error("object", rules.object_place(n), problem, "give every annotation its own id", obj=n)
         first_with[id_] = n
+    _check_counts(objects, positions, position_of, rules, findings)
     return _number_rows(objects, "bbox", 4, rules, findings), categories, positions
+
+
+def _check_counts(
+    objects: Sequence[Record], positions: np.ndarray, position_of: dict[int, int], rules: Rules, findings: Findings
+) -> None:
+    """Report images with more objects than can be trained on."""
+    if len(objects) <= MAX_OBJECTS_PER_IMAGE:
+        return
+    ids = [record.get("image_id") for record in objects]
+    counts = np.bincount(positions[[_is_int(id_) and id_ in position_of for id_ in ids]])
+    for i in np.flatnonzero(counts > MAX_OBJECTS_PER_IMAGE).tolist():
+        problem = f"{counts[i]} objects in one image are more than the limit of {MAX_OBJECTS_PER_IMAGE}"
+        findings.error("image", rules.image_place(i), problem, "cut the picture into smaller ones", image=i)
 
 
 def _number_rows(objects: Sequence[Record], name: str, length: int, rules: Rules, findings: Findings) -> np.ndarray:

@@ -290,6 +290,7 @@ COCO_CASES = {
     "I4 empty image": (image_bytes(lambda data: b""), r"000001\.png: "),
     "I4 web page": (image_bytes(lambda data: b"<html></html>"), r"000001\.png: "),
     "A1 no categories": (in_file(lambda c: c.pop("categories")), r"instances_train2017\.json: .*'categories'"),
+    "too many objects": (in_file(lambda c: c["annotations"].extend({**c["annotations"][1], "id": 1000 + k, "image_id": c["images"][1]["id"]} for k in range(10_001))), IMAGE_AT + r": 1000\d objects in one image are more than the limit of 10000"),
     "A32 no annotations": (in_file(lambda c: c.pop("annotations")), r"instances_train2017\.json: no objects to train on"),
     "A35 no images": (in_file(lambda c: (c["images"].clear(), c["annotations"].clear())), r"instances_train2017\.json: no objects"),
     **{f"file_name {kind}": (of_image(file_name=name), IMAGE_AT + r": file_name .* is a") for kind, name in TRAVERSAL.items()},
