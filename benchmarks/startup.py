@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -148,6 +149,7 @@ def run_objects365(path):
 def compare_coco_size(folder, images):
     path = folder / "instances_train2017.json"
     coco_size_json(path, images)
+    os.sync()  # else the first start waits for the disk to take the json
     size = f"{images} images, {path.stat().st_size / 1e6:.0f} MB json"
     rows = []
     cases = [
