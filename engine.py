@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class Progress:
         batches: Batches of the epoch's global list that are done.
         updates: Optimizer updates since the start of the run.
         to_score: Whether the evaluation after the epoch before is still to be done.
+        skipped: How many updates in a row have been left out.
     """
 
     epoch: int = 0
     batches: int = 0
     updates: int = 0
     to_score: bool = False
+    skipped: int = 0
 
 
 @dataclass
@@ -70,6 +72,7 @@ class StepRecord:
         losses: float [len(names)], on the device.
         images: The batch.
         targets: The batch.
+        is_update: Whether the optimizer took a step after it.
     """
 
     epoch: int
@@ -79,62 +82,83 @@ class StepRecord:
     losses: Tensor
     images: list[Tensor]
     targets: Targets
+    is_update: bool = True
 
 
 @dataclass
 class StepGuard:
     """Lets all ranks agree, step by step, whether a loss was not finite and whether someone was asked to stop.
 
-    The two flags travel in one small reduction and are read on the host one step late on a GPU, when they have
-    long arrived: nothing waits for them. An update with a non-finite loss is not made in the first place, since the
-    optimizer reads the flag on the device.
+    The flags travel in one small reduction and are read on the host one step late on a GPU, when they have
+    long arrived: nothing waits for them. An update with a loss or gradient that is not finite is not made in the first
+    place, since the optimizer reads the flag on the device.
 
     Attributes:
         device: Where losses are.
         stop: This process's own wish to stop.
-        on_nan: ``stop`` or ``skip``, for losses that are not finite.
+        progress: Counts the updates left out in a row, over epochs.
+        on_nan: ``stop`` or ``skip``, for losses and gradients that are not finite.
         has_scaler: In float16 an overflow belongs to the scaler, which leaves out the update and lowers its scale.
         debug_folder: Where a batch with a bad loss is saved.
     """
 
     device: torch.device
     stop: StopRequest
+    progress: Progress
     on_nan: str = "stop"
     has_scaler: bool = False
     debug_folder: Path | None = None
     stopping: bool = False
-    _skipped: int = 0
+    _has_bad_loss: bool = False  # in the update that is under way
     _waiting: list[tuple[Tensor, StepRecord]] = field(default_factory=list)
 
     def agree(self, record: StepRecord) -> Tensor:
-        """Reduce this step's flags; returns a float tensor on the device, 1 if any rank's loss is not finite."""
+        """Reduce a step's flags: float [2] on the device, whether any rank's loss is not finite, and any is to stop."""
         bad = (~torch.isfinite(record.losses).all()).to(torch.float32)
-        flags = all_reduce_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop)))]))
-        on_host = flags.to("cpu", non_blocking=True)
+        return all_reduce_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop)))]))
+
+    def watch(self, record: StepRecord, flags: Tensor, left_out: Tensor | None) -> None:
+        """Send a step's flags to the host.
+
+        Args:
+            record: Of the step.
+            flags: See `agree`.
+            left_out: Of its update, see `update_parameters`; None for a step without one. The same on all ranks, as
+                the gradients are.
+        """
+        flags = torch.cat([flags, flags.new_zeros(1) if left_out is None else left_out[None]])
+        on_host = flags.to("cpu", non_blocking=self.device.type != "mps")  # MPS does not order such copies
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             on_host.arrived = event  # type: ignore[attr-defined]
-        self._waiting.append((on_host, record))
-        return flags[0]
+        self._waiting.append((on_host, replace(record, is_update=left_out is not None)))
 
-    def look(self, is_last: bool) -> None:
+    def look(self, at_all: bool = False) -> None:
         """Act on the flags that are due: set ``stopping``, report bad losses.
+
+        Args:
+            at_all: Also wait for those that a GPU has not sent yet.
 
         Raises:
             NonFiniteLossError: See `report_bad_loss`.
         """
-        lag = 1 if self.device.type == "cuda" and not is_last else 0
+        lag = 1 if self.device.type == "cuda" and not at_all else 0
         while len(self._waiting) > lag:
             flags, record = self._waiting.pop(0)
             if self.device.type == "cuda":
                 flags.arrived.synchronize()  # type: ignore[attr-defined]
-            bad, stop = flags.tolist()
-            self.stopping |= stop > 0
-            self._skipped = self._skipped + 1 if bad else 0
-            given_up = self._skipped >= MAX_SKIPPED_IN_A_ROW
-            if bad and (not self.has_scaler or given_up):
-                report_bad_loss(record, self.on_nan == "stop" or given_up, self.debug_folder)
+            bad, stop, left_out = (flag > 0 for flag in flags.tolist())
+            self.stopping |= stop
+            self._has_bad_loss |= bad
+            if record.is_update:
+                self.progress.skipped = self.progress.skipped + 1 if left_out else 0
+            given_up = self.progress.skipped >= MAX_SKIPPED_IN_A_ROW
+            is_news = bad or (left_out and not self._has_bad_loss)
+            if given_up or (is_news and not self.has_scaler):
+                report_bad_loss(record, bad, self.on_nan == "stop" or given_up, self.debug_folder)
+            if record.is_update:
+                self._has_bad_loss = False
 
 
 def train_one_epoch(
@@ -185,7 +209,7 @@ def train_one_epoch(
     sampler = loader.batch_sampler
     assert isinstance(sampler, GroupedBatchSampler)
     log = EpochLog(f"Epoch: [{progress.epoch}]", len(sampler), print_freq, device)
-    guard = StepGuard(device, stop, on_nan, scaler is not None, debug_folder)
+    guard = StepGuard(device, stop, progress, on_nan, scaler is not None, debug_folder)
     bad: Tensor | None = None
     asked_at = time.perf_counter()
     for step, (images, targets) in enumerate(loader):
@@ -204,20 +228,22 @@ def train_one_epoch(
         losses = torch.stack([term.detach().float() for term in loss_dict.values()])
         record = StepRecord(progress.epoch, step, lr, list(loss_dict), losses, images, targets)
         on_losses(progress, losses)
-        bad_now = guard.agree(record)
-        bad = bad_now if bad is None else torch.maximum(bad, bad_now)
+        flags = guard.agree(record)
+        bad = flags[0] if bad is None else torch.maximum(bad, flags[0])
         log.step(record.names, losses, lr=lr, num_images=len(images), wait=wait)
+        left_out: Tensor | None = None
         if is_update:
-            update_parameters(optimizer, scaler, clip_grad_norm, bad)
-            bad = None
+            left_out, bad = update_parameters(optimizer, scaler, clip_grad_norm, bad), None
             progress.updates += 1
             progress.batches = sampler.done_after(step + 1)
-        guard.look(is_last=step + 1 == len(sampler))
+        guard.watch(record, flags, left_out)
+        guard.look()
         if is_update:
             after_update()
             if guard.stopping:
                 break
         asked_at = time.perf_counter()
+    guard.look(at_all=True)
     return log.finish()
 
 
@@ -226,8 +252,8 @@ def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
 
-def report_bad_loss(record: StepRecord, gives_up: bool, debug_folder: Path | None) -> None:
-    """Say which loss was not finite and on which images.
+def report_bad_loss(record: StepRecord, is_loss: bool, gives_up: bool, debug_folder: Path | None) -> None:
+    """Say which loss, or that the gradient, was not finite and on which images.
 
     Raises:
         NonFiniteLossError: If ``gives_up``.
@@ -235,9 +261,9 @@ def report_bad_loss(record: StepRecord, gives_up: bool, debug_folder: Path | Non
     values = dict(zip(record.names, record.losses.tolist()))
     here = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     ids = [target["image_id"] for target in record.targets]
-    text = f"epoch {record.epoch} step {record.step}: loss not finite ({', '.join(here) or 'on another process'}), "
-    text += f"learning rate {record.lr:.6g}, image ids {ids}"
-    if here and debug_folder is not None:
+    what = f"loss not finite ({', '.join(here) or 'on another process'})" if is_loss else "gradient not finite"
+    text = f"epoch {record.epoch} step {record.step}: {what}, learning rate {record.lr:.6g}, image ids {ids}"
+    if (here or not is_loss) and debug_folder is not None:
         path = debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}_rank{rank()}.pt"
         torch.save({"images": record.images, "targets": record.targets, "losses": values}, path)
         text += f"; the batch is in {path}"

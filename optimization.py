@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,26 @@ def build_optimizer(
     raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up momenta of a checkpoint; hyperparameters stay those that the optimizer was built with.
+
+    Momenta get the memory format of their weights, which `--channels-last` may have changed since: fused kernels walk
+    both in the order of memory.
+
+    Args:
+        optimizer: Of the same kind and over the same parameters as the checkpoint's.
+        state: Its ``state_dict()``.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, own):
+        group.update(hyperparameters)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """The learning rate as a function of epoch and number of updates.
@@ -142,20 +163,37 @@ def choose_amp(name: str, device: torch.device) -> tuple[torch.dtype, torch.amp.
 
 def update_parameters(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad_norm: float | None, bad: Tensor
-) -> None:
-    """Take one optimizer step and clear the gradients; nothing changes where ``bad`` (on the device) is not 0."""
+) -> Tensor:
+    """Take one optimizer step and clear the gradients.
+
+    Nothing changes where a gradient is not finite or ``bad`` is not 0; with a scaler its scale goes down then.
+
+    Args:
+        optimizer: With fused kernels.
+        scaler: For float16.
+        clip_grad_norm: Largest norm of the gradient.
+        bad: float, on the device: 1 where a loss of this update was not finite.
+
+    Returns:
+        float, on the device: 1 where the update was left out.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if scaler is not None:
+        # An infinite loss can have finite gradients, which the scaler would take: it finds this one.
+        gradients[0].add_(torch.where(bad > 0, math.nan, 0.0))
         scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    left_out = torch.maximum(bad, (~torch.isfinite(norm)).to(bad.dtype))
     if clip_grad_norm is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        bad = torch.maximum(bad, (~torch.isfinite(norm)).to(bad.dtype))
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
     else:
         # The protocol between GradScaler and fused optimizers: a step with found_inf 1 does nothing.
-        optimizer.grad_scale, optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, left_out  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
+    return left_out

@@ -138,6 +138,53 @@ def test_endless_skipping_is_given_up():
         train(fresh(bad_ids=range(100)), on_nan="skip", loader=ToyLoader(sampler(60)))
 
 
+def test_skipped_updates_are_counted_over_epochs_and_not_by_their_steps():
+    model, progress = fresh(bad_ids=range(100)), Progress()
+    for epoch in range(3):  # six updates each
+        train(model, on_nan="skip", progress=progress)
+        progress.batches = 0
+        assert progress.skipped == 6 * (epoch + 1)
+    with pytest.raises(NonFiniteLossError):
+        train(model, on_nan="skip", progress=progress)
+    train(fresh(bad_ids=range(100)), on_nan="skip", loader=ToyLoader(sampler(60)), accumulate=2)  # 15 updates
+
+
+class BadGradient(ToyModel):
+    """Its losses are finite, the gradient on image 5 is not."""
+
+    def forward(self, images, targets=None):
+        losses = super().forward(images, targets)
+        if 5 in [t["image_id"] for t in targets]:
+            losses["loss_b"] = losses["loss_b"] + (0 * self.layer.weight).sum().sqrt()
+        return losses
+
+
+@pytest.mark.parametrize("clip_grad_norm", [None, 10.0])
+def test_a_gradient_that_is_not_finite_changes_no_weight(caplog, clip_grad_norm):
+    torch.manual_seed(0)
+    model = BadGradient()
+    with pytest.raises(NonFiniteLossError, match=r"gradient not finite, .*image ids \[.*5.*\]"):
+        train(model, clip_grad_norm=clip_grad_norm)
+    assert torch.isfinite(model.layer.weight).all()
+    torch.manual_seed(0)
+    model, plain = BadGradient(), fresh(bad_ids=[5])
+    train(model, on_nan="skip", clip_grad_norm=clip_grad_norm)
+    train(plain, on_nan="skip", clip_grad_norm=clip_grad_norm)
+    assert torch.equal(model.layer.weight, plain.layer.weight)
+    assert sum("gradient not finite" in message for message in caplog.messages) == 1
+
+
+def test_with_a_scaler_a_bad_loss_of_finite_gradients_changes_nothing_either():
+    model, scaler = nn.Linear(3, 3), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = build_optimizer(model, "sgd", lr=0.1, momentum=0.9, weight_decay=0.0)
+    for bad in (1.0, 0.0):
+        before = model.weight.detach().clone()
+        scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+        assert float(update_parameters(optimizer, scaler, None, torch.tensor(bad))) == bad
+        assert torch.equal(model.weight, before) == bool(bad)
+        assert torch.isfinite(model.weight).all() and scaler.get_scale() == 512.0
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_update_with_the_flag_set_changes_nothing(name):
     model = nn.Linear(3, 3)

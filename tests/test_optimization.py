@@ -1,5 +1,6 @@
 """Optimizers, groups and rates equal those of torchvision's scripts, built from torch's own schedulers."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
-from optimization import LearningRate, build_optimizer, default_warmup, parameter_groups
+from optimization import LearningRate, build_optimizer, default_warmup, parameter_groups, restore_optimizer
 
 
 def net():
@@ -97,3 +98,30 @@ def test_unknown_names_and_frozen_models_are_refused():
         build_optimizer(net().requires_grad_(False), "sgd", lr=0.1, momentum=0, weight_decay=0)
     with pytest.raises(ValueError, match="unknown scheduler 'poly'"):
         LearningRate(1.0, 1, "poly").at(0, 0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_restored_momenta_fit_weights_of_another_memory_format(name):
+    """A run continued with --channels-last goes on as one without; hyperparameters are those of the new run."""
+
+    def step(model, optimizer):
+        model(torch.ones(1, 4, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 3)
+    first = build_optimizer(plain, name, lr=0.01, momentum=0.9, weight_decay=0.0)
+    for _ in range(3):
+        step(plain, first)
+    continued = nn.Conv2d(4, 6, 3)
+    continued.load_state_dict(plain.state_dict())
+    continued.to(memory_format=torch.channels_last)
+    second = build_optimizer(continued, name, lr=0.01, momentum=0.9, weight_decay=0.25)
+    restore_optimizer(second, copy.deepcopy(first.state_dict()))  # loading shares the counter of steps
+    assert second.param_groups[0]["weight_decay"] == 0.25
+    second.param_groups[0]["weight_decay"] = 0.0
+    for _ in range(3):
+        step(plain, first)
+        step(continued, second)
+    assert torch.allclose(plain.weight, continued.weight, atol=1e-6)
