@@ -197,7 +197,9 @@ def rebuild_model(
                 raise CheckpointError(
                     f"the checkpoint's {what} is {getattr(spec, what)}, flags and data ask for {getattr(wanted, what)}"
                 )
-        changed = {name: getattr(wanted, name) for name in ("min_size", "max_size", "detections_per_img")}
+        changed = {
+            name: getattr(wanted, name) for name in ("min_size", "max_size", "detections_per_img", "rpn_score_thresh")
+        }
         changed = {name: value for name, value in changed.items() if value is not None}
         spec = dataclasses.replace(spec, skip_resize=wanted.skip_resize, **changed)
     model = build_model(spec)

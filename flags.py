@@ -5,6 +5,7 @@ The data and model flags are functions of their own, for other commands that loo
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
 from coco_eval import OKS_AREAS
@@ -20,6 +21,7 @@ from weights import find_backbone_weights, find_model_weights
 
 logger = logging.getLogger(__name__)
 
+_PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 DEFAULT_DATA_PATH = "/datasets01/COCO/022719/"
 
 
@@ -209,6 +211,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.lr < math.inf:
+        parser.error(f"--lr {args.lr}: must be positive")
+    layers = args.trainable_backbone_layers
+    num_stages = len(ARCHITECTURES[args.model].backbone.stages)
+    if layers is not None and not 0 <= layers <= num_stages:
+        parser.error(f"--trainable-backbone-layers {layers}: expected 0 to {num_stages}")
+    if args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch}: nothing is left of {args.epochs} epochs")
+    if args.dry_run and args.test_only:
+        parser.error("--dry-run plans a training: it does not go with --test-only")
     if args.verify_resume is not None and args.verify_resume < 2:
         parser.error(f"--verify-resume {args.verify_resume}: must be at least 2")
     if args.verify_resume and (args.test_only or args.resume == "auto"):
@@ -224,6 +236,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
     if args.model.startswith("ssdlite") and args.batch_size == 1 and not args.test_only:
         parser.error(f"--batch-size 1: {args.model} trains on at least 2, its last maps have one value per channel")
+    if args.sync_bn and args.compile:
+        parser.error("--sync-bn with --compile: norms that wait for other processes are not compiled; leave one out")
     if args.ema is not None and not 0 < args.ema < 1:
         parser.error(f"--ema {args.ema}: expected a decay between 0 and 1, such as 0.9998")
     if args.best_metric is None:
@@ -250,8 +264,14 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: must not be negative")
-    if args.max_size is not None and args.max_size < 1:
-        parser.error(f"--max-size {args.max_size}: must be positive")
+    for name in ("min_size", "max_size"):
+        sides = getattr(args, name) or ()
+        for side in sides if isinstance(sides, (list, tuple)) else [sides]:
+            if side < 1:
+                parser.error(f"--{name.replace('_', '-')} {side}: must be positive")
+    given = [f"--{name.replace('_', '-')}" for name in _PATH_FLAGS if getattr(args, name)]
+    if given and args.dataset not in ("coco", "coco_kp"):
+        parser.error(f"{given[0]}: files of their own go with --dataset coco or coco_kp, not {args.dataset}")
     if args.dataset == "coco" and architecture.task == "keypoint":
         parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")
     if architecture.fixed_size is not None and (args.min_size or args.max_size):

@@ -201,6 +201,8 @@ def start_model(
                 trainable_layers=args.trainable_backbone_layers,
             )
     if args.sync_bn and distributed.world_size > 1:
+        if distributed.device.type != "cuda":
+            raise ValueError(f"--sync-bn: torch has it for CUDA only, and this run is on {distributed.device}")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(distributed.device)
     if args.channels_last:

@@ -16,7 +16,7 @@ from engine import Progress, train_one_epoch
 from execution import broadcast_buffers
 from group_by_aspect_ratio import GroupedBatchSampler
 from models import ModelSpec
-from optimization import LearningRate
+from optimization import LearningRate, restore_optimizer
 from report_page import publish
 from run_folder import RunFolder, describe_scores, versions
 from scoring import Evaluation, score_model
@@ -25,6 +25,12 @@ from utils import rank, world_size
 from weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
+
+# Flags that change what is trained, as the user wants it from now on.
+_COURSE_FLAGS = (
+    *("opt", "lr", "scale_lr", "momentum", "weight_decay", "norm_weight_decay", "lr_scheduler", "lr_steps", "lr_gamma"),
+    *("warmup_iters", "epochs", "clip_grad_norm", "data_augmentation", "use_copypaste"),
+)
 
 # Flags that change how a step computes.
 _NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_last", "compile")
@@ -94,11 +100,13 @@ class TrainingState:
         """Take up optimizer, scaler, average and position of a checkpoint; the model is rebuilt from it before.
 
         Raises:
-            CheckpointError: The checkpoint stands inside an epoch whose batches would now be others.
+            CheckpointError: The checkpoint stands inside an epoch whose batches would now be others, or is of another
+                kind of optimizer.
         """
         self._check_order(content)
+        self._check_optimizer(content)
         self._log_changes(content)
-        self.optimizer.load_state_dict(content["optimizer"])
+        restore_optimizer(self.optimizer, content["optimizer"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         if self.average is not None and "model_ema" in content:
@@ -118,9 +126,26 @@ class TrainingState:
                 "Give the same flags and data, or continue from the end of an epoch (weights/model_N.pth)"
             )
 
+    def _check_optimizer(self, content: dict[str, Any]) -> None:
+        """Refuse momenta of another kind of optimizer, or of other groups of parameters."""
+        before, now = content["args"].get("opt"), self.flags.get("opt")
+        others = [f"--opt {before}, now {now}"] if (before == "adamw") != (now == "adamw") else []
+        groups = len(content["optimizer"]["param_groups"]), len(self.optimizer.param_groups)
+        if groups[0] != groups[1]:
+            others.append(f"{groups[0]} group(s) of weight decay, now {groups[1]} (--norm-weight-decay)")
+        if others:
+            raise CheckpointError(
+                f"the checkpoint's optimizer is another one: {'; '.join(others)}. Give the same flags, or start anew "
+                "from its weights: --weights CHECKPOINT instead of --resume"
+            )
+
     def _log_changes(self, content: dict[str, Any]) -> None:
         """Say in one line what may change the last digits from here on."""
         now, before = self.content(), content
+        course = [(flag, before["args"].get(flag), self.flags.get(flag)) for flag in _COURSE_FLAGS]
+        others = [f"--{flag.replace('_', '-')} {old}, now {new}" for flag, old, new in course if old != new]
+        if others:
+            logger.info("from here on with other flags: %s", "; ".join(others))
         pairs = {
             "processes": (before["world_size"], now["world_size"]),
             "threads": (before["num_threads"], now["num_threads"]),
@@ -262,18 +287,20 @@ def train_epochs(
     while True:
         if agree_to_stop(stop):
             return leave(f"before epoch {progress.epoch}")
-        if progress.to_score:
-            if not evaluate_epoch(state, evaluation, stop, options, output):
-                return leave(f"in the evaluation after epoch {progress.epoch - 1}, which starts again when continued")
-            if options.early_stop and state.best.get("since", 0) >= options.early_stop:
-                logger.info("no better evaluation in the last %d: stopping early", options.early_stop)
-                break
+        if progress.to_score and not evaluate_epoch(state, evaluation, stop, options, output):
+            return leave(f"in the evaluation after epoch {progress.epoch - 1}, which starts again when continued")
+        if options.early_stop and state.best.get("since", 0) >= options.early_stop:
+            logger.info("no better evaluation in the last %d: stopping early", options.early_stop)
+            break
         if progress.epoch >= options.epochs:
             break
         if not train_epoch(state, model, train_loader, learning_rate, stop, options, output, **step_options):
             return leave(f"saved epoch {progress.epoch}, update {progress.updates}")
     logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
-    return int(output is not None and output.last_save_failed)
+    if output is None or not output.last_save_failed:
+        return 0
+    logger.error("the end of the training is NOT saved: the last checkpoint could not be written")
+    return 1
 
 
 def train_epoch(

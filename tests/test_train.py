@@ -81,6 +81,13 @@ BAD_FLAGS = {
     "weights of another model": (["--weights", "FCOS_ResNet50_FPN_Weights.COCO_V1"], "no such weights"),
     "missing weights file": (["--weights-backbone", "/nowhere/a.pth"], "/nowhere/a.pth: no such file"),
     "unknown device": (["--device", "tpu9"], "--device tpu9"),
+    "zero size": (["--min-size", "0"], "--min-size 0: must be positive"),
+    "layers": (["--trainable-backbone-layers", "9"], "--trainable-backbone-layers 9: expected 0 to 5"),
+    "a rate that is no number": (["--lr", "nan"], "--lr nan: must be positive"),
+    "a start after the end": (["--start-epoch", "30"], "--start-epoch 30: nothing is left of 26 epochs"),
+    "a dry test": (["--test-only", "--resume", "x.pth", "--dry-run"], "--dry-run plans a training"),
+    "files of a folder dataset": (["--dataset", "custom", "--val-annotations", "x.json"], "go with --dataset coco or coco_kp"),
+    "sync-bn and compile": (["--sync-bn", "--compile"], "leave one out"),
     "images without annotations": (["--train-images", "x"], "need --train-annotations"),
 }  # fmt: skip
 
@@ -162,9 +169,34 @@ def test_resuming_takes_up_epoch_optimizer_and_rate(drawn_coco, tmp_path):
     train_once(drawn_coco, parts, *flags[:-1], "1")
     train_once(drawn_coco, parts, *flags, "--resume", parts / "weights" / "checkpoint.pth")
     a, b = (torch.load(p / "weights" / "checkpoint.pth", weights_only=True) for p in (whole, parts))
-    assert a["progress"] == b["progress"] == {"epoch": 2, "batches": 0, "updates": 4, "to_score": False}
+    assert a["progress"] == b["progress"] == {"epoch": 2, "batches": 0, "updates": 4, "to_score": False, "skipped": 0}
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert [line["bbox"] for line in lines(whole)] == [line["bbox"] for line in lines(parts)]
+
+
+def test_a_resumed_run_follows_its_own_flags_or_is_refused(drawn_coco, tmp_path, capsys):
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "3", "--early-stop", "1", "--eval-every", "1")
+    resume = ["--batch-size", "3", "--resume", out / "weights" / "checkpoint.pth", "--eval-every", "0"]
+    capsys.readouterr()
+    train_once(drawn_coco, out, *resume, "--epochs", "2", "--weight-decay", "0.5", "--opt", "sgd_nesterov")
+    assert "with other flags: --opt sgd, now sgd_nesterov; --weight-decay 0.0001, now 0.5" in capsys.readouterr().out
+    group = torch.load(out / "weights" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and group["nesterov"]
+    common = [*QUICK, "--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--output-dir", ""]
+    assert run(*common, *resume, "--epochs", "3", "--opt", "adamw") == 1
+    assert "--opt sgd_nesterov, now adamw" in capsys.readouterr().err
+    assert run(*common, *resume, "--epochs", "3", "--norm-weight-decay", "0") == 1
+    assert "1 group(s) of weight decay, now 2" in capsys.readouterr().err
+    assert run(*common, "--batch-size", "24", "--sync-bn", "--epochs", "1", "--dry-run") == 0  # one process: no effect
+
+
+def test_a_run_that_was_stopped_early_does_not_go_on(drawn_coco, tmp_path, capsys):
+    flags = ["--batch-size", "3", "--lr", "0", "--early-stop", "1", "--epochs", "9", "--resume", "auto"]
+    for _ in range(2):
+        train_once(drawn_coco, tmp_path / "out", *flags)
+        assert "stopping early" in capsys.readouterr().out
+        assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
 
 
 def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsys):
@@ -324,17 +356,14 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
     path = tmp_path / "c.pth"
     save_checkpoint(content, path)
     figures = {}
-    for processes in (1, 2, 3):
-        for batch in (1, 3):
-            out = tmp_path / f"{processes}-{batch}"
-            flags = ["--device", "cpu", "--test-only", "--resume", path, "--data-path", tiny_coco, "--output-dir", out]
-            flags += ["--model", spec.name, "--eval-batch-size", batch, "--workers", processes - 1]
-            run_train(*flags, processes=processes)
-            (line,) = lines(out)
-            figures[processes, batch] = line["bbox"], line["per_class"]
-    for processes in (2, 3):
-        for batch in (1, 3):
-            assert figures[processes, batch] == figures[1, batch]
+    for processes, batch in ((1, 1), (1, 3), (2, 3), (3, 1)):
+        out = tmp_path / f"{processes}-{batch}"
+        flags = ["--device", "cpu", "--test-only", "--resume", path, "--data-path", tiny_coco, "--output-dir", out]
+        flags += ["--model", spec.name, "--eval-batch-size", batch, "--workers", processes - 1]
+        run_train(*flags, processes=processes)
+        (line,) = lines(out)
+        figures[processes, batch] = line["bbox"], line["per_class"]
+    assert figures[2, 3] == figures[1, 3] and figures[3, 1] == figures[1, 1]
     assert figures[1, 1][0]["AR"] is not None
 
 
