@@ -53,6 +53,7 @@ class DeviceLoader:
     ) -> None:
         self.dataset, self.batch_sampler, self.device = dataset, batch_sampler, device
         self.collate = collate
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if workers and hasattr(os, "memfd_create"):  # Linux
             collate = SharedCollate(collate, SharedSlots(workers, PREFETCH_FACTOR + HELD_BATCHES))
         self.loader = DataLoader(
@@ -75,15 +76,14 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]:
         """Yield batches on the device."""
-        if self.device.type != "cuda":
+        if self.stream is None:
             for batch in self._watched():
                 yield unpack(batch, self.device)
             return
-        stream = torch.cuda.Stream(self.device)
         for batch in self._watched():
-            with torch.cuda.stream(stream):  # runs beside what the previous step has left in the queue
+            with torch.cuda.stream(self.stream):  # runs beside what the previous step has left in the queue
                 images, targets = unpack(batch, self.device)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             yield self._hand_over(images, targets)
 
     def _watched(self) -> Iterator[PackedBatch]:
@@ -178,6 +178,11 @@ def build_train_loader(
         rank=distributed.rank,
         world_size=distributed.world_size,
     )
+    if sampler.batch_size == 1 and spec.name.startswith("ssdlite"):
+        raise ValueError(
+            f"{len(indices)} training image(s) for {distributed.world_size} process(es) make batches of one; "
+            f"{spec.name} needs two, its last maps have one value per channel: start fewer processes or add images"
+        )
     logger.info(describe_groups(sampler.groups, group_factor))
     batch_bytes = 3 * sampler.batch_size * int((dataset.heights.astype(int) * dataset.widths).max())
     if batch_bytes > SLOT_BYTES:  # smaller ones do not travel through /dev/shm

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from annotations import Annotations
 from images import read_image
-from lazy_image import LazyImage, render
+from lazy_image import MAX_DEVICE_SHRINK, LazyImage, render
 from masks import MaskBlock, block_from_polygons, block_from_rle, rle_from_polygons
 from utils import seeded_cpu_rng
 from views import Placement
@@ -73,7 +73,9 @@ class LabelMap:
     def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
         """Return the int64 label of every category id; all of them must be known."""
         sorted_ids, labels = self._sorted
-        return labels[np.searchsorted(sorted_ids, category_ids)]
+        positions = np.searchsorted(sorted_ids[:-1], category_ids)
+        assert (sorted_ids[positions] == category_ids).all(), "a category that has no label"
+        return labels[positions]
 
     @cached_property
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +120,7 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         annotations: Of all images of the split.
         images: Where their pixels come from.
-        label_map: Labels of the categories.
+        label_map: Labels of the categories; objects of others are left out.
         indices: Which images belong to the dataset, int64; all by default.
         transforms: Training pipeline for a `LazyImage`; None shows every image as it is.
         needs_masks: Whether targets carry masks.
@@ -149,6 +151,7 @@ class DetectionDataset(Dataset[Sample]):
         self.transforms, self.seed = transforms, seed
         self.needs_masks, self.needs_keypoints, self.flip_order = needs_masks, needs_keypoints, flip_order
         self.with_targets, self.resize_on_device = with_targets, resize_on_device
+        self.has_unknown_categories = not {id_ for id_, _ in annotations.categories} <= set(label_map.category_ids)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -188,6 +191,9 @@ class DetectionDataset(Dataset[Sample]):
         """Augment one image with its objects; every per-object field is filtered by the same ``keep``."""
         annotations = self.annotations
         objects, boxes = trainable_objects(annotations, i)
+        if self.has_unknown_categories:
+            is_known = np.isin(annotations.category_ids[objects], self.label_map.category_ids)
+            objects, boxes = objects[is_known], boxes[is_known]
         image = LazyImage.of(pixels, boxes)
         if self.transforms is not None:
             image = self.transforms(image)
@@ -208,13 +214,14 @@ class DetectionDataset(Dataset[Sample]):
         if self.needs_keypoints:
             keypoints = annotations.keypoints[objects].astype(np.float32)
             target["keypoints"] = placement.move_keypoints(keypoints, self.flip_order)
+        on_device = self.resize_on_device and placement.shrink <= MAX_DEVICE_SHRINK
         blocks = None
         if self.needs_masks:
             blocks = [placement.crop_block(mask_block(annotations, i, n)) for n in objects]
-            if not self.resize_on_device:
+            if not on_device:
                 blocks = [placement.resize_block(block) for block in blocks]
-        pixels = render(image, placement, resize=not self.resize_on_device)
-        return Sample(pixels, placement if self.resize_on_device else None, target, blocks)
+        pixels = render(image, placement, resize=not on_device)
+        return Sample(pixels, placement if on_device else None, target, blocks)
 
 
 def trainable_objects(annotations: Annotations, i: int) -> tuple[np.ndarray, np.ndarray]:

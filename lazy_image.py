@@ -18,6 +18,10 @@ from torchvision.transforms.v2.functional import register_kernel
 
 from views import Placement, View
 
+# Pictures that shrink more are resized in the worker: CUDA's antialiasing kernel keeps 2 x shrink + 1 weights in shared
+# memory for each of 65 rows, and fails from about 94 on.
+MAX_DEVICE_SHRINK = 32
+
 # ITU-R BT.601 luma, the weights of torchvision's and Pillow's grey conversion.
 LUMA = (0.2989, 0.587, 0.114)
 

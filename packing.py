@@ -95,7 +95,8 @@ def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targ
         Images, float32 [3, H, W] in 0..1, and one dict per image: ``image_id`` (int) and the tensors of
         `Sample.target`, with ``masks`` uint8 [N, H, W] where the samples have blocks.
     """
-    buffer = batch.buffer.to(device, non_blocking=True)
+    beside = device.type != "mps"  # MPS does not order such copies
+    buffer = batch.buffer.to(device, non_blocking=beside)
     images: list[Tensor] = []
     start = 0
     for (height, width), placement in zip(batch.image_sizes, batch.placements):
@@ -109,7 +110,7 @@ def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targ
     targets: Targets = []
     for i, arrays in enumerate(batch.targets):
         target: dict[str, Any] = {
-            name: value if isinstance(value, int) else torch.from_numpy(value).to(device, non_blocking=True)
+            name: value if isinstance(value, int) else torch.from_numpy(value).to(device, non_blocking=beside)
             for name, value in arrays.items()
         }
         if batch.blocks is not None:

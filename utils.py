@@ -157,7 +157,10 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> Distribu
     """
     rank, local_rank, world_size = _launched_ranks()
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank if device.index is None or world_size > 1 else device.index)
+        # SLURM's --gpus-per-task=1 shows every process a GPU of its own, called cuda:0.
+        has_own = world_size > 1 and "RANK" not in os.environ and torch.cuda.device_count() == 1
+        index = local_rank if device.index is None or world_size > 1 else device.index
+        device = torch.device("cuda", 0 if has_own else index)
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local_rank} of this machine wants {device}, but it has {torch.cuda.device_count()} GPU(s); "

@@ -163,6 +163,12 @@ class Placement:
         return self.target[3] - self.target[1], self.target[2] - self.target[0]
 
     @property
+    def shrink(self) -> float:
+        """How many source pixels a canvas pixel covers, along the side where that is more."""
+        (source_height, source_width), (height, width) = self.source_size, self.target_size
+        return max(source_height / height, source_width / width)
+
+    @property
     def fills_canvas(self) -> bool:
         """Whether nothing of the fill colour shows."""
         return self.target == (0, 0, self.width, self.height)

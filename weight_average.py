@@ -1,10 +1,9 @@
 """A running average of the weights (EMA), which scores steadier than the weights themselves."""
 
-from typing import Any
+import copy
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
@@ -19,20 +18,23 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self._averaged = AveragedModel(model, multi_avg_fn=self._blend, use_buffers=True)
-        self._averaged.update_parameters(model)  # the first call copies
-        self.model: nn.Module = self._averaged.module.eval()
+        self.decay = decay
+        self.model: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def _blend(self, averaged: Any, current: Any, _: Tensor | int) -> None:
-        kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
-        else:  # counters
-            torch._foreach_copy_(list(averaged), list(current))
-
     def update(self, model: nn.Module, updates: int) -> None:
-        """Take in the weights of ``model`` after ``updates`` optimizer updates; waits for nothing."""
-        self.updates = updates
-        self._averaged.update_parameters(model)
+        """Take in the weights of ``model`` after ``updates`` optimizer updates; waits for nothing.
+
+        Not torch's ``AveragedModel``: it moves its counter to the device in every update, and waits for that.
+        """
+        kept = min(self.decay, (1 + updates) / (10 + updates))
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floats], [current for _, current in floats], 1 - kept)
+        for average, current in pairs:
+            if not average.is_floating_point():  # counters
+                average.copy_(current)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,5 +1,7 @@
 """After any preset boxes enclose their masks and keypoints stay on the pixel they marked."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -304,3 +306,23 @@ def test_copy_paste_from_an_empty_image_changes_nothing():
     onto, source = two_samples()
     source.blocks, source.target["boxes"] = [], np.zeros((0, 4), np.float32)
     assert paste_objects(onto, source, np.random.default_rng(0)) is onto
+
+
+def test_objects_of_unknown_categories_have_no_label():
+    """Validation losses over files with classes that the model does not know."""
+    annotations = coded_annotations()
+    annotations.category_ids[::2] = 7
+    strange = dataclasses.replace(annotations, categories=((1, "thing"), (7, "other")))
+    dataset = DetectionDataset(strange, CodedImages(), LabelMap((1, 9), ("thing", "last")), needs_masks=True)
+    sample = dataset[0]
+    assert 0 < len(sample.target["boxes"]) == len(sample.blocks) < 5
+    assert (sample.target["labels"] == 1).all()
+    with pytest.raises(AssertionError):
+        LabelMap((1, 9), ("thing", "last")).labels_of(np.array([7]))
+
+
+def test_pictures_that_shrink_very_much_are_resized_in_the_worker():
+    transforms = v2.Compose([v2.Resize([3, 4])])
+    sample = coded_dataset(transforms, resize_on_device=True)[0]
+    assert sample.placement is None and sample.pixels.shape == (3, 4, 3)
+    assert coded_dataset(v2.Compose([v2.Resize([30, 40])]), resize_on_device=True)[0].placement is not None
