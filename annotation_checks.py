@@ -9,12 +9,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from findings import Findings
+from images import unsafe_file_name
 from masks import compress_rle, run_lengths
 
 Record = dict[str, Any]
@@ -79,22 +79,16 @@ def check_categories(categories: Sequence[Record], rules: Rules, findings: Findi
             findings.error("category", place, f"category id {id_} occurs twice", "give every category its own id")
         else:
             names[id_] = name
+    double = {name for name in names.values() if list(names.values()).count(name) > 1}
+    for id_, name in names.items():
+        if name in double:  # figures go by the name
+            names[id_] = f"{name} (id {id_})"
+            findings.warn(
+                "category", rules.file, f"another category is called {name!r} too", f"it is {names[id_]!r} here"
+            )
     if not categories:
         findings.error("category", rules.file, "no categories", "list the classes under 'categories'")
     return names
-
-
-def unsafe_file_name(name: str) -> str | None:
-    """Say why a file name may not be used below an image folder, or return None."""
-    if "\0" in name or not name:
-        return "an empty name or a NUL byte"
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\"):
-        return "an absolute path"
-    if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
-        return "a path that leaves its folder"
-    if "://" in name:
-        return "a URL, which is never fetched"
-    return None
 
 
 def check_images(

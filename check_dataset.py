@@ -127,10 +127,12 @@ def run(argv: list[str] | None = None) -> int:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_data_args(parser, args)
+    if args.view < 0:
+        parser.error(f"--view {args.view}: must not be negative")
     setup_logging(is_main=True)
     try:
         return main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 

@@ -147,12 +147,16 @@ def run(argv: list[str] | None = None) -> int:
     """Parse flags and run `main`; expected errors become one line and exit code 1."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: must not be negative")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     if args.resamples < 2:
         parser.error(f"--resamples must be at least 2, got {args.resamples}")
     setup_logging(is_main=True)
     try:
         return main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 1
 

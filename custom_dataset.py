@@ -18,12 +18,15 @@ from annotation_checks import Record, Rules
 from annotations import Annotations
 from coco_utils import annotations_from_records, read_json
 from findings import BadDataError, Findings
-from images import BadImageError, read_header
+from images import BadImageError, is_text, read_header
 from keypoints import Skeleton
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLASS = "object"
+
+# Numbers up to the highest label are classes where none has a name; a higher one is somebody's own id.
+MAX_NUMBERED_CLASSES = 10_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 _PER_BOX = ("keypoints", "labels", "segmentations", "area", "iscrowd")
@@ -82,7 +85,9 @@ def read_dataset_info(root: Path) -> DatasetInfo:
 
     sigmas = content.get("oks_sigmas")
     if sigmas is not None:
-        if not isinstance(sigmas, list) or not all(isinstance(s, (int, float)) and s > 0 for s in sigmas):
+        if not isinstance(sigmas, list) or not all(
+            isinstance(s, (int, float)) and s > 0 and s is not True for s in sigmas
+        ):
             remedy = "give one positive number per keypoint"
             findings.error("dataset.json", f"{path}: oks_sigmas", f"got {sigmas!r}", remedy)
         else:
@@ -165,7 +170,9 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
     for path in sorted((split / "images").iterdir()):
         if path.name.startswith(".") or not path.is_file():
             continue
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_text(path.name):
+            findings.error("pairs", ascii(str(path)), "the file's name is not UTF-8", "rename the file")
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
             findings.warn("stray file", str(path), "not an image by its name", "it is not used")
         elif path.stem in images:
             problem = f"{images[path.stem].name} has the same stem"
@@ -288,8 +295,13 @@ def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> t
         numbers = [n for n in content.labels if isinstance(n, int) and not isinstance(n, bool) and n > 0]
         if texts:
             names = texts
-        elif numbers:
+        elif numbers and max(numbers) <= MAX_NUMBERED_CLASSES:
             names = [str(n) for n in range(1, max(numbers) + 1)]
+        elif numbers:
+            problem = f"label {max(numbers)} would make as many classes; the limit is {MAX_NUMBERED_CLASSES}"
+            place = content.object_places[content.labels.index(max(numbers))]
+            findings.error("label", place, problem, "number classes from 1, or write their names")
+            return [{"id": 1, "name": DEFAULT_CLASS}], [1] * len(content.labels)
         else:
             names = [DEFAULT_CLASS]
     ids = []

@@ -99,9 +99,7 @@ def load_coco_split(
     check_headers(annotations, paths.images, findings, cache_dir=cache_dir, indices=present)
     findings.raise_errors()
     _log_warnings((*annotations.warnings, *findings.warnings()))
-    names = annotations.keypoint_names
-    pairs = infer_flip_pairs(names) if names else None
-    skeleton = Skeleton(names, annotations.skeleton, pairs)
+    skeleton = Skeleton(annotations.keypoint_names, annotations.skeleton, _implied_pairs(annotations.keypoint_names))
     indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
     return Split(str(paths.annotations), annotations, ImageFolder(paths.images), indices, skeleton)
 
@@ -139,9 +137,18 @@ def load_custom_split(
     _log_warnings((*annotations.warnings, *findings.warnings()))
     skeleton = info.skeleton
     if skeleton.flip_pairs is None and skeleton.names:
-        skeleton = Skeleton(skeleton.names, skeleton.links, infer_flip_pairs(skeleton.names), skeleton.sigmas)
+        skeleton = Skeleton(skeleton.names, skeleton.links, _implied_pairs(skeleton.names), skeleton.sigmas)
     indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
     return Split(str(folder), annotations, ImageFolder(folder, apply_exif=True), indices, skeleton)
+
+
+def _implied_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
+    """Return `infer_flip_pairs`; None with a warning where a name that seems to have a side stands alone."""
+    try:
+        return infer_flip_pairs(names)
+    except ValueError as error:
+        logger.warning("%s; if the keypoints are trained on, pictures are not mirrored", error)
+        return None
 
 
 def load_shapes_split(role: str) -> Split:
@@ -262,7 +269,13 @@ def load_data(
     val = source.load("val", needs_masks=needs_masks, classes=names)
     if not len(val.indices):
         raise ValueError(f"{val.name}: no images to evaluate on")
-    unknown = [name for id_, name in val.annotations.categories if id_ not in label_map.category_ids]
+    for split in (train, val):
+        if split is not None and known is not None:
+            _check_names(split, known["label_categories"], known["label_names"], "the checkpoint")
+    if train is not None:
+        _check_names(val, label_map.category_ids, label_map.names, train.name)
+    known_ids = set(label_map.category_ids)
+    unknown = [name for id_, name in val.annotations.categories if id_ not in known_ids]
     if unknown:
         logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
     if train is not None:
@@ -272,6 +285,10 @@ def load_data(
 
     of_split = train or val
     num_keypoints = of_split.annotations.num_keypoints
+    for a, b in of_split.skeleton.links:
+        if max(a, b) >= num_keypoints:
+            text = f"the skeleton links points {a} and {b} (from 0), but objects have {num_keypoints} keypoints"
+            raise ValueError(f"{of_split.name}: {text}; correct it in dataset.json or the annotations")
     if not num_keypoints:
         raise ValueError(f"{of_split.name}: no keypoints, but the model learns them")
     if val.annotations.num_keypoints not in (0, num_keypoints):
@@ -280,6 +297,21 @@ def load_data(
     values, origin = choose_sigmas(sigmas, of_split.skeleton, num_keypoints)
     logger.info("OKS sigmas from %s: %s", origin, " ".join(f"{s:g}" for s in values))
     return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values)
+
+
+def _check_names(split: Split, ids: Sequence[int], names: Sequence[str], where: str) -> None:
+    """Refuse a split that calls a category by another name than the labels' origin does.
+
+    Raises:
+        ValueError: Both names, and where they stand.
+    """
+    known = dict(zip(ids, names))
+    for id_, name in split.annotations.categories:
+        if known.get(id_, name) != name:
+            raise ValueError(
+                f"{split.name}: category {id_} is {name!r}, but {known[id_]!r} in {where}; labels go by the id, so "
+                "one class would be taken for the other: give both the same ids and names"
+            )
 
 
 def _warn_of_overlap(train: Split, val: Split) -> None:

@@ -5,13 +5,35 @@ bombs; torchvision's own decoder is announced to be removed. Nothing here knows 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 # EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
 _QUARTER_TURNS = (5, 6, 7, 8)
+
+
+def unsafe_file_name(name: str) -> str | None:
+    """Say why a file name may not be used below an image folder, or return None."""
+    if "\0" in name or not name:
+        return "an empty name or a NUL byte"
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\"):
+        return "an absolute path"
+    if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
+        return "a path that leaves its folder"
+    if "://" in name:
+        return "a URL, which is never fetched"
+    return None
+
+
+def is_text(name: str) -> bool:
+    """Return whether a file's name is UTF-8, as results in json and csv need it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python keeps other bytes as lone surrogates
+        return False
+    return True
 
 
 class BadImageError(ValueError):

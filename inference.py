@@ -19,7 +19,7 @@ from custom_dataset import IMAGE_SUFFIXES
 from detection_dataset import LabelMap, Sample
 from detections import Detections, detections_from_output
 from fast_inference import fast_scoring
-from images import BadImageError, read_header, read_image
+from images import BadImageError, is_text, read_header, read_image
 from keypoints import Skeleton
 from models import ModelSpec
 from packing import PackedBatch, collate_fn, unpack
@@ -171,6 +171,9 @@ def form_batches(paths: Sequence[Path], batch_size: int) -> tuple[list[list[int]
     bad: list[BadFile] = []
     pixels = 0
     for index, path in enumerate(paths):
+        if not is_text(str(path)):
+            bad.append(BadFile(index, f"{ascii(str(path))}: the file's name is not UTF-8"))
+            continue
         try:
             size = math.prod(read_header(path).shown_size)
         except BadImageError as error:

@@ -65,7 +65,8 @@ def plot_precision_recall(recall: np.ndarray, precision: np.ndarray, names: Sequ
     else:
         named = known
     for k, colour in zip(named.tolist(), LINE_COLOURS):
-        label = f"{_plain(names[k])}  {precision[:, k].mean():.3f}"
+        # Matplotlib leaves names that begin with _ out of legends.
+        label = f"{_plain(names[k].removeprefix('_'))}  {precision[:, k].mean():.3f}"
         axes.plot(recall, precision[:, k], color=colour, linewidth=1.6, label=label)
     if len(known) > 1:
         label = f"mean of {len(known)} classes  {average.mean():.3f}"

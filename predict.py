@@ -224,7 +224,8 @@ def main(args: argparse.Namespace) -> int:
                 height, width = result.image.shape[-2:]
                 entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
                 if args.overlays:
-                    entry["overlay"] = f"overlays/{image_id:0{digits}d}_{path.stem}.jpg"
+                    stem = path.stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
+                    entry["overlay"] = f"overlays/{image_id:0{digits}d}_{stem}.jpg"
                     drawing.append(pool.submit(write_overlay, result, detector, output_dir / str(entry["overlay"])))
                 images.append(entry)
                 for record in records_of(image_id, (height, width), result.detections, detector.spec.iou_types):

@@ -150,6 +150,10 @@ def read_results(path: Path) -> list[Record]:
             values = record.get(name)
             if values is not None and not _are_finite(values, length):
                 findings.error("results", f"{path}: [{n}]", f"{name} is {str(values)[:60]}", "give finite numbers")
+        mask = record.get("segmentation")
+        if mask is not None and not (isinstance(mask, dict) and {"size", "counts"} <= set(mask)):
+            remedy = "give run lengths, {size, counts}, as pycocotools writes them"
+            findings.error("results", f"{path}: [{n}]", f"segmentation is {str(mask)[:60]}", remedy)
     findings.raise_errors()
     return content
 

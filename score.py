@@ -84,8 +84,15 @@ def score(
         ids = ", ".join(map(str, sorted(set(strange))[:10]))
         logger.warning("%s: %d result(s) of unknown categories do not count (%s)", name, len(strange), ids)
 
+    for t in iou_types:
+        if records and not any(FIELDS[t] in record for record in records):
+            raise ValueError(f"{name}: no result has {FIELDS[t]!r}, which a score of {t} needs")
     values = None
     if "keypoints" in iou_types:
+        for n, record in enumerate(records):
+            if len(record.get("keypoints", ())) not in (0, 3 * annotations.num_keypoints):
+                found = f"{len(record['keypoints'])} numbers under 'keypoints'"
+                raise ValueError(f"{name}: [{n}]: {found}, the ground truth has 3 x {annotations.num_keypoints}")
         skeleton = Skeleton(annotations.keypoint_names)
         values, source = choose_sigmas(sigmas, skeleton, annotations.num_keypoints)
         logger.info("OKS sigmas from %s", source)
@@ -131,12 +138,17 @@ def main(args: argparse.Namespace) -> int:
 
 def run(argv: list[str] | None = None) -> int:
     """Parse flags and run `main`; expected errors become one line and exit code 1."""
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.max_dets is not None and args.max_dets < 1:
+        parser.error(f"--max-dets {args.max_dets}: must be at least 1")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     setup_logging(is_main=True)
     np.seterr(all="ignore")
     try:
         return main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"score.py: error: {error}", file=sys.stderr)
         return 1
 

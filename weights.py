@@ -94,7 +94,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def read_weights(source: WeightsSource) -> dict[str, Tensor]:
-    """Return the state dict of a source; of a checkpoint, its ``model``.
+    """Return the state dict of a source; of a checkpoint its averaged weights, else its ``model``.
 
     Raises:
         ValueError: The file is no state dict.
@@ -104,7 +104,7 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
     assert source.path is not None
     content = read_torch_file(source.path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+        content = content.get("model_ema", content["model"])  # the average is what the checkpoint's scores are of
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{source.path}: expected a state dict or a checkpoint with a state dict under 'model'")
     return {key.removeprefix("module."): value for key, value in content.items()}
@@ -112,6 +112,9 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
 
 def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model: str) -> dict[str, Any]:
     """Return the fields of `ModelSpec` that must be as these weights were trained."""
+    content = read_torch_file(source.path) if source.path is not None else {}
+    if "model_spec" in content:  # a checkpoint of this suite
+        return {name: content["model_spec"][name] for name in ("frozen_norm", "frozen_norm_eps", "full_tail")}
     architecture = ARCHITECTURES[model]
     has_counters = any(k.startswith("backbone.body.") and k.endswith("num_batches_tracked") for k in state)
     frozen_norm = architecture.freezes_norm and not has_counters

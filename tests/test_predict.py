@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
@@ -224,3 +225,16 @@ def test_as_a_command_with_loading_processes(checkpoints, photos, tmp_path):
     assert "objects in 4 pictures" in done.stdout + done.stderr and sys.executable
     run("--checkpoint", checkpoints[MODELS[0]], photos, "--output-dir", tmp_path / "here")
     assert read(tmp_path / "out")[1] == read(tmp_path / "here")[1]
+
+
+def test_names_that_are_too_long_or_no_text_cost_no_other_file(checkpoints, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    path = folder / ("x" * 240 + ".png")
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(path)
+    os.link(path, os.fsencode(folder) + b"/bad\xff.png")
+    flags = ["--checkpoint", checkpoints[MODELS[0]], folder, "--output-dir", tmp_path / "out"]
+    assert run(*flags) == predict.EXIT_SOME_SKIPPED
+    images, _, _ = read(tmp_path / "out")
+    assert len(images["images"]) == 1 and (tmp_path / "out" / images["images"][0]["overlay"]).is_file()
+    assert "not UTF-8" in images["skipped"][0]["reason"]

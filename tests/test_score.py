@@ -185,3 +185,33 @@ def test_a_confusion_row_adds_up_to_its_objects():
         report = build_report(evaluator, result)
         assert (report.confusion[:-1].sum(axis=1) == report.num_truths).all()
         assert (report.confusion >= 0).all()
+
+
+def test_results_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys):
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 60, "width": 80}],
+        "categories": [{"id": 1, "name": "raccoon", "keypoints": ["a", "b"]}, {"id": 2, "name": "raccoon"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": [5, 5, 9 * n, 9], "area": 81 * n, "iscrowd": 0,
+             "keypoints": [6, 6, 2, 7, 7, 2]} for n in (1, 2)
+        ],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    results, base = tmp_path / "results.json", {"image_id": 1, "category_id": 1, "score": 0.9}
+    common = ["--ground-truth", str(tmp_path / "truth.json"), "--predictions", str(results)]
+    for record, flags, expected in (
+        ({"segmentation": [[1, 1, 5, 1, 5, 5]]}, [], "[0]: segmentation is [[1, 1, 5"),
+        ({"keypoints": [1, 1, 2]}, [], "3 numbers under 'keypoints', the ground truth has 3 x 2"),
+        ({"bbox": [5, 5, 9, 9]}, ["--iou-types", "segm"], "no result has 'segmentation'"),
+    ):
+        results.write_text(json.dumps([{**base, **record}]))
+        assert score.run([*common, *flags]) == 1
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score.run([*common, "--max-dets", "0"])
+    assert score.run([*common[:3], str(tmp_path)]) == 1  # a folder
+    # Two categories of one name keep their own figures.
+    results.write_text(json.dumps([{**base, "bbox": [5, 5, 9, 9]}]))
+    assert score.run([*common, "--json", str(tmp_path / "figures.json")]) == 0
+    per_class = json.loads((tmp_path / "figures.json").read_text())["per_class"]["bbox"]
+    assert per_class["raccoon (id 1)"]["AP"] > 0.99 and per_class["raccoon (id 2)"]["AP"] == 0.0
