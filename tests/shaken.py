@@ -32,12 +32,13 @@ def shake(model):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def shaken_checkpoint(path, name, score_threshold=None):
+def shaken_checkpoint(path, name, score_threshold=None, detections_per_img=30):
     """Write the checkpoint of a shaken model."""
     torch.manual_seed(0)
     sizes = {} if ARCHITECTURES[name].fixed_size else {"min_size": (96,), "max_size": 160}
     is_keypoint = ARCHITECTURES[name].task == "keypoint"
-    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, detections_per_img=30, **sizes)
+    sizes["detections_per_img"] = detections_per_img
+    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, **sizes)
     model = build_model(spec)
     shake(model)
     content = {

@@ -103,7 +103,7 @@ def keypoint_truth(outputs, num_keypoints=5):
 @torch.inference_mode()
 def test_keypoint_rcnn_scores_the_same_with_the_head_on_the_best_twenty():
     torch.manual_seed(0)
-    model = shake(build_model(spec_of("keypointrcnn_resnet50_fpn")))
+    model = shake(build_model(spec_of("keypointrcnn_resnet50_fpn", detections_per_img=40)))
     plain = model(images())
     with fast_scoring(model, 20):
         fast = model(images())

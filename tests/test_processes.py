@@ -1,4 +1,4 @@
-"""Each of the nine models scores the same digits on one, two and three processes, and in any workers' hands."""
+"""Each of the nine models scores the same digits on one and on three processes, and in any workers' hands."""
 
 import multiprocessing
 from pathlib import Path
@@ -16,7 +16,7 @@ from scoring import Evaluation, score_model
 from utils import Distributed
 
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
-NUM_IMAGES = 7
+NUM_IMAGES = 5  # not the same number for each of three processes
 
 
 def first_images(data):
@@ -40,7 +40,7 @@ def _score(rank, world_size, root, folder):
         torch.manual_seed(0)
         model = build_model(spec)
         shake(model)
-        loader = build_val_loader(data, here, batch_size=1, workers=int(world_size == 2))
+        loader = build_val_loader(data, here, batch_size=1, workers=int(world_size > 1))
         evaluator = CocoEvaluator(data.val.annotations, spec.iou_types, indices=data.val.indices, sigmas=data.sigmas)
         out = Path(folder) / name
         scored = score_model(model, Evaluation(loader, evaluator, data.label_map), predictions_dir=out)
@@ -54,8 +54,7 @@ def test_nine_models_score_the_same_on_any_number_of_processes(tiny_coco, tmp_pa
     alone = run_on_ranks(1, _score, tiny_coco, tmp_path / "1")[0]
     for name, (metrics, _, files) in alone.items():
         assert len(files) == len(metrics) and all(len(text) > 1000 for text in files.values()), name
-    for world_size in (2, 3):
-        ranks = run_on_ranks(world_size, _score, tiny_coco, tmp_path / str(world_size))
-        for name in NINE:
-            assert ranks[0][name] == alone[name], (name, world_size)
-            assert all(found[name][:2] == alone[name][:2] for found in ranks), (name, world_size)
+    ranks = run_on_ranks(3, _score, tiny_coco, tmp_path / "3")
+    for name in NINE:
+        assert ranks[0][name] == alone[name], name
+        assert all(found[name][:2] == alone[name][:2] for found in ranks), name
