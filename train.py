@@ -11,7 +11,9 @@ Only evaluate:
 import argparse
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -315,12 +317,13 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def end_process(code: int) -> None:
-    """Leave with an exit code; after a failure at once, since Python would wait for a loading process that is stuck."""
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Leave with an exit code, at once: Python would wait for a loading process that is stuck, for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler complains of loading processes that are killed
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 if __name__ == "__main__":

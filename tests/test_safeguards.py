@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
-from fault_jobs import loading_processes
+from fault_jobs import lives, loading_processes
 from test_train import QUICK, restore_process, run  # noqa: F401
 
 import data_loading
@@ -148,6 +148,27 @@ def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
     assert done.returncode == 1
     assert "a loading process has died" in done.stderr and "--workers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_does_not_wait_for_a_stuck_loading_process():
+    script = f"""
+import multiprocessing, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+batches = iter(torch.utils.data.DataLoader(list(range(8)), num_workers=1, persistent_workers=True))
+next(batches)
+for child in multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGSTOP)
+print("done", child.pid)
+train.end_process(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("done")
+    pid = int(done.stdout.split()[1])
+    end = time.time() + 5
+    while lives(pid) and time.time() < end:
+        time.sleep(0.05)
+    assert not lives(pid)
 
 
 def test_a_slow_loading_process_ends_the_run_with_advice(drawn_coco, monkeypatch, capsys):
