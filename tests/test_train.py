@@ -8,6 +8,7 @@ import torch
 from conftest import draw_coco, run_train
 
 import train
+from datasets import COCO_NAMES
 from models import ARCHITECTURES, ModelSpec, build_model
 from stopping import STOP_SIGNALS
 
@@ -351,7 +352,7 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
     content = {
         "model": build_model(spec).state_dict(), "model_spec": spec.to_plain(),
         "progress": {"epoch": 1, "batches": 0, "updates": 1},
-        "dataset": {"label_categories": labels, "label_names": [str(n) for n in labels]},
+        "dataset": {"label_categories": labels, "label_names": list(COCO_NAMES[1:])},
     }  # fmt: skip
     path = tmp_path / "c.pth"
     save_checkpoint(content, path)
