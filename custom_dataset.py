@@ -73,6 +73,7 @@ def read_dataset_info(root: Path) -> DatasetInfo:
     names = strings("keypoint_names")
 
     def pairs(key: str) -> tuple[tuple[int, int], ...] | None:
+        """Return pairs of indices; None where there is no such entry or it is no such list."""
         value = content.get(key)
         if value is None:
             return None

@@ -114,6 +114,37 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
+def _build_train_dataset(
+    data: Data, spec: ModelSpec, *, seed: int, augmentation: str, keep_negatives: bool, resize_on_device: bool
+) -> DetectionDataset:
+    """Return the images to train on, augmented for a model; the arguments are those of `build_train_loader`."""
+    assert data.train is not None
+    task = spec.architecture.task
+    transforms = build_transforms(
+        augmentation,
+        hflip_prob=0.5 if task != "keypoint" or data.flip_order is not None else 0.0,
+        min_size=max(spec.min_size) if spec.min_size else spec.architecture.min_size,
+        max_size=spec.max_size or spec.architecture.max_size,
+        fixed_size=spec.architecture.fixed_size,
+    )
+    indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
+    logger.info("training on %d of %d images of %s", len(indices), len(data.train.annotations), data.train.name)
+    if not len(indices):
+        raise ValueError(f"{data.train.name}: no image is left to train on; --keep-negatives trains on all")
+    return DetectionDataset(
+        data.train.annotations,
+        data.train.images,
+        data.label_map,
+        indices=indices,
+        transforms=transforms,
+        needs_masks=task == "mask",
+        needs_keypoints=task == "keypoint",
+        flip_order=data.flip_order,
+        seed=seed,
+        resize_on_device=resize_on_device,
+    )
+
+
 def build_train_loader(
     data: Data,
     spec: ModelSpec,
@@ -144,29 +175,12 @@ def build_train_loader(
     Raises:
         ValueError: No image is left, or fewer than processes.
     """
-    assert data.train is not None
-    task = spec.architecture.task
-    transforms = build_transforms(
-        augmentation,
-        hflip_prob=0.5 if task != "keypoint" or data.flip_order is not None else 0.0,
-        min_size=max(spec.min_size) if spec.min_size else spec.architecture.min_size,
-        max_size=spec.max_size or spec.architecture.max_size,
-        fixed_size=spec.architecture.fixed_size,
-    )
-    indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
-    logger.info("training on %d of %d images of %s", len(indices), len(data.train.annotations), data.train.name)
-    if not len(indices):
-        raise ValueError(f"{data.train.name}: no image is left to train on; --keep-negatives trains on all")
-    dataset = DetectionDataset(
-        data.train.annotations,
-        data.train.images,
-        data.label_map,
-        indices=indices,
-        transforms=transforms,
-        needs_masks=task == "mask",
-        needs_keypoints=task == "keypoint",
-        flip_order=data.flip_order,
+    dataset = _build_train_dataset(
+        data,
+        spec,
         seed=seed,
+        augmentation=augmentation,
+        keep_negatives=keep_negatives,
         resize_on_device=distributed.device.type == "cuda" and augmentation in DEVICE_PRESETS and not copy_paste,
     )
     sampler = GroupedBatchSampler(
@@ -180,7 +194,7 @@ def build_train_loader(
     )
     if sampler.batch_size == 1 and spec.name.startswith("ssdlite"):
         raise ValueError(
-            f"{len(indices)} training image(s) for {distributed.world_size} process(es) make batches of one; "
+            f"{len(dataset)} training image(s) for {distributed.world_size} process(es) make batches of one; "
             f"{spec.name} needs two, its last maps have one value per channel: start fewer processes or add images"
         )
     logger.info(describe_groups(sampler.groups, group_factor))

@@ -188,8 +188,7 @@ def train_one_epoch(
         loader: Its batch sampler is a `GroupedBatchSampler` at ``progress``.
         progress: Moved forward with every update.
         learning_rate: Rate of every update.
-        seed: The generators are seeded from (seed, epoch, batch) before each step, so a step does not depend on
-            the steps before it.
+        seed: Each step's generators are seeded from (seed, epoch, batch), so it does not depend on those before.
         stop: Looked at by all ranks together.
         scaler: For float16.
         amp_dtype: Autocast to this type; None computes in float32.
@@ -218,14 +217,9 @@ def train_one_epoch(
         seed_torch(seed, "step", progress.epoch, sampler.first_batch + step * sampler.world_size + sampler.rank)
         lr = learning_rate.set(optimizer, progress.epoch, progress.updates)
 
-        sync = contextlib.nullcontext() if is_update else _no_sync(model)
-        with sync:
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                loss_dict = model(images, targets)
-            loss = sum(loss_dict.values()) * sampler.weight(step, accumulate)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-
-        losses = torch.stack([term.detach().float() for term in loss_dict.values()])
+        with contextlib.nullcontext() if is_update else _no_sync(model):
+            loss_dict = _forward_backward(model, images, targets, sampler.weight(step, accumulate), scaler, amp_dtype)
+        losses = torch.stack(list(loss_dict.values()))
         record = StepRecord(progress.epoch, step, lr, list(loss_dict), losses, images, targets)
         on_losses(progress, losses)
         flags = guard.agree(record)
@@ -245,6 +239,22 @@ def train_one_epoch(
         asked_at = time.perf_counter()
     guard.look(at_all=True)
     return log.finish()
+
+
+def _forward_backward(
+    model: nn.Module,
+    images: list[Tensor],
+    targets: Targets,
+    weight: float,
+    scaler: torch.amp.GradScaler | None,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Add the gradient of ``weight`` times the loss; returns the loss terms, float32 without a graph."""
+    with torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        loss_dict = model(images, targets)
+    loss = sum(loss_dict.values()) * weight
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return {name: term.detach().float() for name, term in loss_dict.items()}
 
 
 def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -58,6 +58,7 @@ def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype |
     buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
 
     def seconds() -> float:
+        """Time one forward and backward."""
         if example.device.type == "cuda":
             torch.cuda.synchronize(example.device)
         start = time.perf_counter()
@@ -139,6 +140,7 @@ def profile_steps(steps: int, folder: Path | None, device: torch.device) -> Iter
         activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def report(profiler: torch.profiler.profile) -> None:
+        """Log the largest items and write the trace."""
         key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         averages = profiler.key_averages()
         table = averages.table(sort_by=key, row_limit=PROFILE_ITEMS, max_name_column_width=45)

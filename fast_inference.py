@@ -105,6 +105,7 @@ def _keypoints_of_the_best(roi_heads: nn.Module, limit: int) -> Iterator[None]:
     pool, head, predictor = parts.values()
 
     def add_keypoints(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Run the keypoint head on the best detections; the others have NaN."""
         features, _, image_shapes = args[:3]
         result, losses = output
         best = []

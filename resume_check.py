@@ -52,6 +52,7 @@ def hash_state(value: Any) -> str:
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
+        """Hash a value and everything in it."""
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
