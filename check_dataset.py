@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_loading import DeviceLoader, build_train_loader
-from datasets import Data, training_indices
-from diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
 from flags import add_data_flags, add_model_choice, check_data_args, data_source, keeps_negatives, wanted_spec
-from models import ARCHITECTURES, ModelSpec
-from observations import Observation, format_facts, format_observations, group_findings, group_lines
-from sample_sheets import write_sheets
+from inspection.diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
+from inspection.observations import Observation, format_facts, format_observations, group_findings, group_lines
+from inspection.sample_sheets import write_sheets
+from loading.loaders import DeviceLoader, build_train_loader
+from loading.splits import Data, training_indices
+from models.architectures import ARCHITECTURES, ModelSpec
 from utils import Distributed, choose_device, setup_logging
 
 

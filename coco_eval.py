@@ -14,14 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from annotations import Annotations
-from coco_matching import Curves, Grid, Matches, accumulate, match_across_classes, match_image, rank_detections
-from coco_metrics import Figures, build_params, check_sigmas, summarize, summarize_classes
-from detection_dataset import LabelMap, mask_block, mask_rle
-from detections import Detections, detections_from_output
-from keypoint_errors import KeypointErrors, format_errors, summarize_errors
-from masks import MaskBlock
-from similarity import BlockMasks, RleMasks, box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
+from annotations.arrays import Annotations
+from evaluation.coco_matching import (
+    Curves,
+    Grid,
+    Matches,
+    accumulate,
+    match_across_classes,
+    match_image,
+    rank_detections,
+)
+from evaluation.coco_metrics import Figures, build_params, check_sigmas, summarize, summarize_classes
+from evaluation.detections import Detections, detections_from_output
+from evaluation.keypoint_errors import KeypointErrors, format_errors, summarize_errors
+from evaluation.similarity import BlockMasks, RleMasks, box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
+from loading.samples import LabelMap, mask_block, mask_rle
+from pixels.masks import MaskBlock
 from utils import broadcast_json, gather_bytes
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """COCO json to `Annotations`, checked on the way, and back to COCO's dicts.
 
-Records are checked by `annotation_checks`; folders are brought into COCO's records first, by `custom_dataset`.
+Records are checked by `annotations.record_checks`; folders are brought into COCO's records first, by `custom_dataset`.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from annotation_checks import (
+from annotations.arrays import Annotations, join_bytes
+from annotations.findings import BadDataError, Finding, Findings
+from annotations.record_checks import (
     Record,
     Rules,
     Segmentations,
@@ -27,9 +29,7 @@ from annotation_checks import (
     check_segmentations,
     flat_floats,
 )
-from annotations import Annotations, join_bytes
-from findings import BadDataError, Finding, Findings
-from masks import area_of_polygons
+from pixels.masks import area_of_polygons
 
 # A larger file would need some forty gigabytes of memory to parse.
 MAX_JSON_BYTES = 4 << 30

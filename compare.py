@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from bootstrap import LEVEL, RESAMPLED, SEED, Difference, Outcomes, compare_figure, draw_weights, resample
-from run_folder import BEST, NEWEST, read_summary
+from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, Outcomes, compare_figure, draw_weights, resample
+from runtime.run_folder import BEST, NEWEST, read_summary
 from utils import setup_logging
 
 logger = logging.getLogger("compare")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from annotation_checks import Record, Rules
-from annotations import Annotations
+from annotations.arrays import Annotations
+from annotations.findings import BadDataError, Findings
+from annotations.record_checks import Record, Rules
+from annotations.skeleton import Skeleton
 from coco_utils import annotations_from_records, read_json
-from findings import BadDataError, Findings
-from images import BadImageError, is_text, read_header
-from keypoints import Skeleton
+from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
 

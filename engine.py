@@ -16,14 +16,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from coco_eval import CocoEvaluator, EvalResult
-from data_loading import DeviceLoader
-from detection_dataset import LabelMap
-from fast_inference import fast_scoring
+from evaluation.postprocess import fast_scoring
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
-from optimization import LearningRate, update_parameters
-from packing import Targets
-from progress import EpochLog, progress_bar
-from stopping import StopRequest, agree_to_stop
+from loading.collate import Targets
+from loading.loaders import DeviceLoader
+from loading.samples import LabelMap
+from optimization.optimizer import LearningRate, update_parameters
+from runtime.epoch_log import EpochLog, progress_bar
+from runtime.signals import StopRequest, agree_to_stop
 from utils import all_reduce_max, broadcast_json, gather_bytes, rank, seed_torch
 
 logger = logging.getLogger(__name__)

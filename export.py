@@ -26,12 +26,19 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from export_checks import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE, Agreement, Outputs, compare_outputs
-from images import read_image
-from inference import Detector, find_images, load_detector
-from models import ModelSpec
-from run_folder import versions
-from shapes_dataset import ShapeDrawer, shapes_annotations
+from inference.compare_outputs import (
+    BOX_TOLERANCE,
+    MASK_TOLERANCE,
+    SCORE_TOLERANCE,
+    Agreement,
+    Outputs,
+    compare_outputs,
+)
+from inference.detector import Detector, find_images, load_detector
+from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from models.architectures import ModelSpec
+from pixels.images import read_image
+from runtime.run_folder import versions
 from utils import setup_logging
 
 logger = logging.getLogger("export")

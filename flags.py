@@ -8,16 +8,16 @@ import logging
 import math
 from pathlib import Path
 
+from annotations.findings import ON_BAD_DATA
 from coco_eval import OKS_AREAS
-from coco_metrics import DETECTION_SUMMARY, KEYPOINT_SUMMARY
-from datasets import DATASETS, Data, Source
 from engine import ON_NAN
-from findings import ON_BAD_DATA
-from models import ARCHITECTURES, IOU_TYPES, ModelSpec
-from optimization import OPTIMIZERS, SCHEDULERS
+from evaluation.coco_metrics import DETECTION_SUMMARY, KEYPOINT_SUMMARY
+from loading.splits import DATASETS, Data, Source
+from models.architectures import ARCHITECTURES, IOU_TYPES, ModelSpec
+from models.weights import find_backbone_weights, find_model_weights
+from optimization.optimizer import OPTIMIZERS, SCHEDULERS
 from presets import PRESETS, RESIZING_PRESETS
 from utils import choose_device
-from weights import find_backbone_weights, find_model_weights
 
 logger = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from annotation_checks import Record
-from detections import Detections
-from drawing import Drawn, draw_objects, save_picture
-from inference import BadFile, Detector, Prediction, find_images, load_detector, predict_files
-from masks import MaskBlock
-from predictions import results_of
-from run_folder import versions
+from annotations.record_checks import Record
+from evaluation.detections import Detections
+from evaluation.results_files import results_of
+from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
+from pixels.masks import MaskBlock
+from report.drawing import Drawn, draw_objects, save_picture
+from runtime.run_folder import versions
 from utils import choose_device, setup_logging
 
 logger = logging.getLogger("predict")

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from annotation_checks import Record
-from annotations import Annotations
-from bootstrap import format_intervals, metric_intervals
+from annotations.arrays import Annotations
+from annotations.findings import ON_BAD_DATA
+from annotations.record_checks import Record
+from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
 from coco_utils import read_coco
-from eval_report import build_report, format_classes
-from findings import ON_BAD_DATA
-from keypoints import Skeleton, choose_sigmas
-from predictions import FIELDS, detections_of_results, read_results
+from evaluation.analysis import build_report, format_classes
+from evaluation.bootstrap import format_intervals, metric_intervals
+from evaluation.results_files import FIELDS, detections_of_results, read_results
 from utils import setup_logging
 
 logger = logging.getLogger("score")

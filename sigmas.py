@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from annotation_checks import Record
+from annotations.record_checks import Record
+from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info
-from keypoints import Skeleton, choose_sigmas
-from predictions import detections_of_results, read_results
-from sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
+from evaluation.results_files import detections_of_results, read_results
+from evaluation.sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
 from utils import setup_logging
 
 logger = logging.getLogger("sigmas")

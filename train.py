@@ -22,24 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, open_checkpoint, rebuild_model
 from coco_eval import CocoEvaluator
-from data_loading import DeviceLoader, build_train_loader, build_val_loader
-from datasets import Data, load_data
 from engine import NonFiniteLossError, Progress
-from execution import compile_backbone, distribute, profile_steps, typical_input, use_channels_last
 from flags import check_args, data_source, get_args_parser, keeps_negatives, log_ineffective_flags, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
-from models import ARCHITECTURES, ModelSpec
-from optimization import LearningRate, build_optimizer, choose_amp, default_warmup
-from plan import Plan, rehearse
-from report_page import publish
-from resume_check import Probe, ResumeCheckError, check_resume
-from run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
-from safeguards import explain_failure, prepare_process
-from scoring import Evaluation, score_model
-from stopping import StopRequest, die_with_parent
-from training import EpochOptions, TrainingState, train_epochs
+from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
+from loading.splits import Data, load_data
+from models.acceleration import compile_backbone, distribute, profile_steps, typical_input, use_channels_last
+from models.architectures import ARCHITECTURES, ModelSpec
+from models.weights import build_start_model
+from optimization.optimizer import LearningRate, build_optimizer, choose_amp, default_warmup
+from optimization.weight_average import WeightAverage
+from report.page import publish
+from runtime.checkpoint import CheckpointError, open_checkpoint, rebuild_model
+from runtime.machine import explain_failure, prepare_process
+from runtime.run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
+from runtime.signals import StopRequest, die_with_parent
+from training.epochs import EpochOptions, TrainingState, train_epochs
+from training.evaluate_model import Evaluation, score_model
+from training.run_plan import Plan, rehearse
+from training.verify_resume import Probe, ResumeCheckError, check_resume
 from utils import (
     Distributed,
     check_same_everywhere,
@@ -51,8 +53,6 @@ from utils import (
     setup_logging,
     shut_down_distributed,
 )
-from weight_average import WeightAverage
-from weights import build_start_model
 
 logger = logging.getLogger("train")
 

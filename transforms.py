@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from lazy_image import LazyImage
+from pixels.lazy_image import LazyImage
 
 
 class FixedSizeCrop(v2.Transform):

@@ -106,11 +106,11 @@ def _detect(rng, iou_type, near, height, width, k):
 
 
 def run_suite(iou_type, truth, results):
-    from annotation_checks import Rules
+    from annotations.findings import Findings
+    from annotations.record_checks import Rules
     from coco_eval import CocoEvaluator, _write_matches
     from coco_utils import annotations_from_records
-    from findings import Findings
-    from predictions import detections_of_results
+    from evaluation.results_files import detections_of_results
 
     per_image = {image["id"]: [] for image in truth["images"]}
     for record in results:

@@ -26,11 +26,11 @@ from synthetic import draw_photographs
 from torch.utils.data import DataLoader, Dataset
 
 from coco_utils import read_coco
-from data_loading import DeviceLoader
-from datasets import label_map_for
-from detection_dataset import DetectionDataset, ImageFolder, Sample
-from images import read_image
-from packing import unpack
+from loading.collate import unpack
+from loading.loaders import DeviceLoader
+from loading.samples import DetectionDataset, ImageFolder, Sample
+from loading.splits import label_map_for
+from pixels.images import read_image
 from presets import DEVICE_PRESETS, PRESETS, build_transforms
 
 BATCH_SIZE = 2

@@ -23,14 +23,14 @@ from step import logging_loop
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as tvf
 
-from data_loading import build_train_loader
-from datasets import Source, load_data
 from engine import Progress, train_one_epoch
-from execution import compile_backbone, typical_input, use_channels_last
 from group_by_aspect_ratio import GroupedBatchSampler
-from models import ARCHITECTURES, ModelSpec, build_model
-from optimization import LearningRate, build_optimizer, choose_amp
-from stopping import StopRequest
+from loading.loaders import build_train_loader
+from loading.splits import Source, load_data
+from models.acceleration import compile_backbone, typical_input, use_channels_last
+from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from optimization.optimizer import LearningRate, build_optimizer, choose_amp
+from runtime.signals import StopRequest
 from utils import Distributed
 
 PRESET = {"ssd300_vgg16": "ssd", "ssdlite320_mobilenet_v3_large": "ssdlite"}

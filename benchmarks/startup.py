@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 from synthetic import CATEGORIES, coco_size_json
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from annotations import Annotations, cached_annotations, join_bytes, load_annotations, save_annotations
+from annotations.arrays import Annotations, cached_annotations, join_bytes, load_annotations, save_annotations
 from coco_utils import read_coco
 from group_by_aspect_ratio import GroupedBatchSampler
 

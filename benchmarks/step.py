@@ -21,9 +21,9 @@ from waits import count_waits
 
 from engine import Progress, train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
-from models import ARCHITECTURES, ModelSpec, build_model
-from optimization import LearningRate, build_optimizer
-from stopping import StopRequest
+from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from optimization.optimizer import LearningRate, build_optimizer
+from runtime.signals import StopRequest
 
 CPU = torch.device("cpu")
 DEFAULT_MODELS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn")

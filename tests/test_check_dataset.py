@@ -7,19 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import draw_coco
 from PIL import ExifTags, Image
-from test_custom_dataset import draw_folder, edit
-from test_train import restore_process  # noqa: F401
 
 import check_dataset
 import train
-from datasets import load_data
-from diagnosis import collected_log
 from flags import data_source
-from images import BadImageError
-from models import ARCHITECTURES
-from observations import NUM_EXAMPLES
+from helpers.drawn import draw_coco, draw_folder, edit
+from inspection.diagnosis import collected_log
+from inspection.observations import NUM_EXAMPLES
+from loading.splits import load_data
+from models.architectures import ARCHITECTURES
+from pixels.images import BadImageError
+
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 POINTS = ("--dataset", "custom", "--model", "keypointrcnn_resnet50_fpn")
 BOXES = ("--dataset", "coco", "--model", "ssdlite320_mobilenet_v3_large")

@@ -8,16 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from coco_cases import compare, oracle, random_case, to_annotations, to_detections
-from ranks import run_on_ranks
 
 import coco_eval
-import coco_matching
 from coco_eval import CocoEvaluator, format_summary
-from coco_metrics import COCO_PERSON_SIGMAS, build_params, check_sigmas
-from detection_dataset import LabelMap
-from detections import Detections
-from masks import block_from_mask
+from evaluation import coco_matching
+from evaluation.coco_metrics import COCO_PERSON_SIGMAS, build_params, check_sigmas
+from evaluation.detections import Detections
+from helpers.coco_cases import compare, oracle, random_case, to_annotations, to_detections
+from helpers.ranks import run_on_ranks
+from loading.samples import LabelMap
+from pixels.masks import block_from_mask
 
 IOU_TYPES = ("bbox", "segm", "keypoints")
 

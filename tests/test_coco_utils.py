@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import draw_coco
 from pycocotools.coco import COCO
 
-from annotations import Annotations, cached_annotations, load_annotations, save_annotations
+from annotations.arrays import Annotations, cached_annotations, load_annotations, save_annotations
+from annotations.findings import BadDataError
 from coco_utils import read_coco, read_json, to_coco
-from findings import BadDataError
+from helpers.drawn import draw_coco
 
 
 def content(**changes):

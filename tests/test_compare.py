@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from coco_cases import random_case
-from test_bootstrap import drawn_outcomes, evaluate
 
 import compare
-from bootstrap import Difference, Outcomes, compare_figure, draw_weights, resample
-from coco_matching import Matches
+from evaluation.bootstrap import Difference, Outcomes, compare_figure, draw_weights, resample
+from evaluation.coco_matching import Matches
+from helpers.coco_cases import random_case
+from helpers.outcomes import drawn_outcomes, evaluate
 
 
 def save_run(folder, outcomes, kind="bbox", which="best", epoch=3):

@@ -8,50 +8,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_train
 from PIL import ExifTags, Image
-from test_train import QUICK, lines, restore_process  # noqa: F401
 
 import train
+from annotations.findings import BadDataError
 from custom_dataset import DatasetInfo, read_dataset_info, read_folder
-from datasets import Source, load_custom_split, load_data
-from findings import BadDataError
+from helpers.drawn import draw_folder, edit
+from helpers.runs import QUICK, lines, run_train
+from loading.splits import Source, load_custom_split, load_data
 
-
-def draw_folder(root, num_images=6, *, num_keypoints=2, classes=None, polygons=False, size=(60, 80), info=None):
-    """Write a custom dataset of bright rectangles; the last image of each split is empty background."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        (root / split / "images").mkdir(parents=True)
-        (root / split / "annotations").mkdir()
-        for i in range(num_images):
-            height, width = size
-            pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-            entry = {"bboxes": [], "labels": [], "keypoints": [], "segmentations": []}
-            for _ in range(0 if i == num_images - 1 else int(rng.integers(1, 3))):
-                w, h = (int(v) for v in rng.integers(14, 30, 2))
-                x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
-                pixels[y : y + h, x : x + w] = rng.integers(150, 255, 3)
-                entry["bboxes"].append([x, y, x + w, y + h])
-                entry["labels"].append(str(rng.choice(classes or ["object"])))
-                places = np.stack([rng.integers(x, x + w, num_keypoints), rng.integers(y, y + h, num_keypoints)], 1)
-                entry["keypoints"].append([[int(a), int(b), 2] for a, b in places])
-                entry["segmentations"].append([[x, y, x + w, y, x + w, y + h, x, y + h]])
-            keep = {"bboxes"} | ({"labels"} if classes else set()) | ({"keypoints"} if num_keypoints else set())
-            keep |= {"segmentations"} if polygons else set()
-            Image.fromarray(pixels).save(root / split / "images" / f"im_{i:03d}.png")
-            path = root / split / "annotations" / f"im_{i:03d}.json"
-            path.write_text(json.dumps({k: v for k, v in entry.items() if k in keep}))
-    if info is not None:
-        (root / "dataset.json").write_text(json.dumps(info))
-    return root
-
-
-def edit(root, change, split="train", index=0):
-    path = root / split / "annotations" / f"im_{index:03d}.json"
-    entry = json.loads(path.read_text())
-    change(entry)
-    path.write_text(json.dumps(entry))
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 
 def test_a_folder_is_read_as_it_stands(tmp_path):
@@ -217,7 +183,7 @@ def test_truncated_images_are_found_before_the_first_step(tmp_path):
 
 
 def test_files_found_good_are_not_decoded_again(tmp_path, monkeypatch):
-    import image_checks
+    from annotations import image_checks
 
     root = draw_folder(tmp_path / "custom")
     load_custom_split(root, "train", cache_dir=tmp_path / "c")

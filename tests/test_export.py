@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from shaken import shaken_checkpoint
 
 import export
-from checkpoint import load_checkpoint, rebuild_model
-from export_checks import Agreement, compare_outputs
-from models import ARCHITECTURES
+from helpers.shaken import shaken_checkpoint
+from inference.compare_outputs import Agreement, compare_outputs
+from models.architectures import ARCHITECTURES
+from runtime.checkpoint import load_checkpoint, rebuild_model
 
 SMALL = "ssdlite320_mobilenet_v3_large"
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
@@ -126,7 +126,7 @@ def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch, capfd, checkpoin
     for key in content["model"]:
         if "classification_head" in key and content["model"][key].is_floating_point():
             content["model"][key].fill_(float("nan"))
-    from checkpoint import save_checkpoint
+    from runtime.checkpoint import save_checkpoint
 
     save_checkpoint(content, tmp_path / "nothing.pth")
     flags = ["--checkpoint", str(tmp_path / "nothing.pth"), "--format", "torchscript"]

@@ -8,16 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_train
 from PIL import Image
-from shaken import shaken_checkpoint
 
 import predict
-from checkpoint import load_checkpoint, rebuild_model
-from images import read_image
-from inference import MAX_BATCH_PIXELS, find_images, form_batches, load_detector, predict_files
-from predictions import read_results
-from shapes_dataset import ShapeDrawer, shapes_annotations
+from evaluation.results_files import read_results
+from helpers.runs import run_train
+from helpers.shaken import shaken_checkpoint
+from inference.detector import MAX_BATCH_PIXELS, find_images, form_batches, load_detector, predict_files
+from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from pixels.images import read_image
+from runtime.checkpoint import load_checkpoint, rebuild_model
 
 MODELS = ("ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn")
 

@@ -4,12 +4,12 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, draw_coco
 
 import train
-from data_loading import build_train_loader, build_val_loader
-from datasets import load_data
-from models import ARCHITECTURES, build_model
+from helpers.drawn import ROOT, draw_coco
+from loading.loaders import build_train_loader, build_val_loader
+from loading.splits import load_data
+from models.architectures import ARCHITECTURES, build_model
 from utils import Distributed
 
 README = (ROOT / "README.md").read_text()

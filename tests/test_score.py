@@ -5,16 +5,16 @@ import json
 
 import numpy as np
 import pytest
-from coco_cases import compare, oracle, random_case, to_annotations, to_detections
-from ranks import run_on_ranks
 
 import score
 from coco_eval import CocoEvaluator
-from coco_matching import match_across_classes
-from detections import Detections
-from eval_report import build_report, format_classes
-from masks import block_from_mask
-from predictions import PredictionWriter, detections_of_results, read_results, rle_of_block
+from evaluation.analysis import build_report, format_classes
+from evaluation.coco_matching import match_across_classes
+from evaluation.detections import Detections
+from evaluation.results_files import PredictionWriter, detections_of_results, read_results, rle_of_block
+from helpers.coco_cases import compare, oracle, random_case, to_annotations, to_detections
+from helpers.ranks import run_on_ranks
+from pixels.masks import block_from_mask
 
 
 def write(tmp_path, truth, results):

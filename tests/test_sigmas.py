@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from coco_cases import oracle, random_case
 
 import sigmas
-from sigma_estimation import Annotator, estimate_sigmas, format_card, pixels_for_oks, read_annotator
-from similarity import object_keypoint_similarity
+from evaluation.sigma_estimation import Annotator, estimate_sigmas, format_card, pixels_for_oks, read_annotator
+from evaluation.similarity import object_keypoint_similarity
+from helpers.coco_cases import oracle, random_case
 
 TRUE = np.array([0.02, 0.05, 0.1])
 

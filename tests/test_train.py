@@ -5,38 +5,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import draw_coco, run_train
 
 import train
-from datasets import COCO_NAMES
-from models import ARCHITECTURES, ModelSpec, build_model
-from stopping import STOP_SIGNALS
+from helpers.drawn import draw_coco
+from helpers.runs import QUICK, lines, run, run_train, train_once
+from loading.splits import COCO_NAMES
+from models.architectures import ARCHITECTURES, ModelSpec, build_model
 
 SMALL = ["--min-size", "64", "--max-size", "100"]
-QUICK = ["--device", "cpu", "--workers", "0", "--epochs", "1", "--warmup-iters", "0", "--lr", "0.0001"]
 
 
-@pytest.fixture(autouse=True)
-def restore_process(monkeypatch):
-    """In-process runs change signal handlers and the root logger."""
-    import logging
-    import signal
-
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    root = logging.getLogger()
-    saved = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = saved[0], saved[1]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run(*flags):
-    return train.run([str(flag) for flag in flags])
-
-
-def lines(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 
 REFERENCE_DEFAULTS = {
@@ -130,10 +109,6 @@ def test_only_one_log_line_says_that_old_flags_change_nothing(drawn_coco, capsys
     assert capsys.readouterr().out.count("--use-v2 and --backend change nothing") == 1
 
 
-def train_once(root, output_dir, *flags, model="ssdlite320_mobilenet_v3_large"):
-    assert run(*QUICK, "--data-path", root, "--model", model, "--output-dir", output_dir, *flags) == 0
-
-
 def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_coco, tmp_path):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "4")
@@ -210,7 +185,7 @@ def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsy
 
 
 def test_checkpoints_inside_an_epoch_come_by_updates_or_by_the_clock(drawn_coco, tmp_path, monkeypatch):
-    from checkpoint import CheckpointFolder
+    from runtime.checkpoint import CheckpointFolder
 
     saved, save = [], CheckpointFolder.save
 
@@ -330,7 +305,7 @@ def test_coco_files_of_other_tools(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_models_train_and_score_on_shapes(tmp_path, name, monkeypatch):
-    import shapes_dataset
+    from loading import shapes_dataset
 
     monkeypatch.setattr(shapes_dataset, "NUM_IMAGES", {"train": 4, "val": 3})
     size = [] if ARCHITECTURES[name].fixed_size else ["--min-size", "48", "--max-size", "64"]
@@ -346,7 +321,7 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
     """On real images, from one checkpoint, at evaluation batch sizes 1 and 3; and equal to plain pycocotools."""
     torch.manual_seed(0)
     spec = ModelSpec("ssdlite320_mobilenet_v3_large", 91, trainable_layers=6)
-    from checkpoint import save_checkpoint
+    from runtime.checkpoint import save_checkpoint
 
     labels = list(range(1, 91))
     content = {

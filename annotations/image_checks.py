@@ -1,0 +1,228 @@
+"""Do the image files of a dataset exist, lie below their folder, have the right size, and decode?"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from annotations.arrays import Annotations, default_cache_dir
+from annotations.findings import Findings
+from pixels.images import BadImageError, read_header, read_image
+from utils import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+
+# The headers of larger sets are not read at the start: on a network disk that takes longer than it is worth.
+MAX_HEADERS = 20_000
+
+_END_OF_JPEG, _END_OF_PNG = b"\xff\xd9", b"IEND"
+
+
+def check_files(annotations: Annotations, root: Path, findings: Findings) -> None:
+    """Report images that are missing or are links to files outside ``root``; lists each folder once."""
+    real_root = root.resolve()
+    listed: dict[str, dict[str, bool]] = {}
+    for i in range(len(annotations)):
+        name = annotations.file_name(i)
+        parent, _, base = name.rpartition("/")
+        if parent not in listed:
+            listed[parent] = _list_folder(root / parent, real_root)
+        inside = listed[parent].get(base)
+        if inside is None:
+            findings.error("missing image", str(root / name), "no such file", "add it or remove its entry", image=i)
+        elif not inside:
+            problem = f"a link to a file outside {root}"
+            findings.error("image link", str(root / name), problem, "copy the file into the folder", image=i)
+
+
+def _list_folder(folder: Path, real_root: Path) -> dict[str, bool]:
+    """Return {file name: whether its real path lies below ``real_root``}."""
+    if not folder.is_dir():
+        return {}
+    folder_inside = folder.resolve().is_relative_to(real_root)
+    with os.scandir(folder) as entries:
+        return {
+            entry.name: folder_inside
+            and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(real_root))
+            for entry in entries
+        }
+
+
+def check_headers(
+    annotations: Annotations,
+    root: Path,
+    findings: Findings,
+    *,
+    cache_dir: Path | None = None,
+    indices: np.ndarray | None = None,
+) -> None:
+    """Report images that are cut off, no images, or of another size than their annotations, without decoding them.
+
+    Looks at sets of up to `MAX_HEADERS` images; of larger ones a bad file is named when it is read. Files found good
+    are remembered as in `check_decoding`.
+    """
+    chosen = np.arange(len(annotations)) if indices is None else indices
+    if len(chosen) > MAX_HEADERS:
+        return
+    memory = FileMemory("headers", root, cache_dir)
+    sizes = {i: [int(annotations.heights[i]), int(annotations.widths[i])] for i in chosen.tolist()}
+    todo = [i for i, size in sizes.items() if memory.get(root / annotations.file_name(i)) != size]
+    for i in todo:
+        path = root / annotations.file_name(i)
+        problem = _header_problem(path, (sizes[i][0], sizes[i][1]))
+        if problem is None:
+            memory.put(path, sizes[i])
+        else:
+            findings.error("broken image", str(path), problem, "replace the file or correct its entry", image=i)
+    if todo:
+        memory.save()
+
+
+def _header_problem(path: Path, size: tuple[int, int]) -> str | None:
+    """Say what is wrong with an image file of the expected (height, width), or return None."""
+    try:
+        header = read_header(path)
+        if size not in ((header.height, header.width), header.shown_size):
+            found = f"{header.width} x {header.height} (width x height)"
+            return f"the image is {found}, its annotations say {size[1]} x {size[0]}"
+        with path.open("rb") as file:
+            file.seek(-min(12, path.stat().st_size), os.SEEK_END)
+            tail = file.read()
+        if not tail.endswith(_END_OF_JPEG) and _END_OF_PNG not in tail:  # cut off, or one of the rarer formats
+            read_image(path, size, apply_exif=False)
+    except BadImageError as error:
+        return str(error).partition(": ")[2]
+    return None
+
+
+def find_shared_files(first: Sequence[Path], second: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Return pairs of files, one of each list, that are the same byte for byte.
+
+    Only files of equal size are read. Lists of more than `MAX_HEADERS` files together are not looked at.
+    """
+    if len(first) + len(second) > MAX_HEADERS:
+        return []
+    of_size: dict[int, list[Path]] = {}
+    for path in first:
+        of_size.setdefault(path.stat().st_size, []).append(path)
+    known: dict[Path, str] = {}
+
+    def digest(path: Path) -> str:
+        if path not in known:
+            known[path] = sha256_of_file(path)
+        return known[path]
+
+    pairs = []
+    for path in second:
+        candidates = of_size.get(path.stat().st_size, ())
+        same = next((other for other in candidates if digest(other) == digest(path)), None)
+        if same is not None:
+            pairs.append((same, path))
+    return pairs
+
+
+def check_decoding(
+    annotations: Annotations,
+    root: Path,
+    findings: Findings,
+    *,
+    apply_exif: bool,
+    cache_dir: Path | None = None,
+    indices: np.ndarray | None = None,
+    workers: int | None = None,
+) -> None:
+    """Decode every image once and report those that cannot be, or have another size than their annotations.
+
+    Files found good are remembered with size and time in a cache file, so the next start looks at new ones only.
+    A terminal shows a progress bar.
+
+    Args:
+        annotations: Of the images.
+        root: Folder of the image files.
+        findings: Collects what is wrong.
+        apply_exif: See `read_image`.
+        cache_dir: Of the cache file; None for the default.
+        indices: Images to look at, int64; all by default.
+        workers: Threads; as many as there are cores by default.
+    """
+    memory = FileMemory("decoded", root, cache_dir)
+    chosen = np.arange(len(annotations)) if indices is None else indices
+    todo = [i for i in chosen.tolist() if memory.get(root / annotations.file_name(i)) is None]
+    if not todo:
+        return
+
+    def problem_of(i: int) -> str | None:
+        try:
+            read_image(
+                root / annotations.file_name(i), (int(annotations.heights[i]), int(annotations.widths[i])), apply_exif
+            )
+        except BadImageError as error:
+            return str(error).partition(": ")[2]
+        return None
+
+    if len(todo) > 1000:
+        logger.info("decoding %d images once to find broken files", len(todo))
+    workers = workers or os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding the GIL
+        problems = tqdm(pool.map(problem_of, todo), "decoding images", len(todo), disable=None, leave=False)
+        for i, problem in zip(todo, problems):
+            path = root / annotations.file_name(i)
+            if problem is None:
+                memory.put(path, True)
+            else:
+                findings.error("broken image", str(path), problem, "replace the file", image=i)
+    memory.save()
+
+
+class FileMemory:
+    """Remembers one plain value per file as long as the file's size and time stay the same.
+
+    Args:
+        kind: What the values say; part of the cache file's name.
+        root: The folder of the files.
+        cache_dir: Of the cache file; None for the default.
+    """
+
+    def __init__(self, kind: str, root: Path, cache_dir: Path | None = None) -> None:
+        key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+        self.path = (cache_dir or default_cache_dir()) / f"{kind}-{key}.json"
+        self.values: dict[str, Any] = {}
+        try:
+            content = json.loads(self.path.read_text())
+            self.values = content if isinstance(content, dict) else dict.fromkeys(content, True)
+        except (OSError, ValueError, TypeError):
+            pass
+
+    @staticmethod
+    def _stamp(path: Path) -> str:
+        try:
+            status = path.stat()
+        except OSError:
+            return ""
+        return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+    def get(self, path: Path) -> Any:
+        """Return what is known of a file, None where nothing is."""
+        return self.values.get(self._stamp(path))
+
+    def put(self, path: Path, value: Any) -> None:
+        """Note ``value`` for a file."""
+        self.values[self._stamp(path)] = value
+
+    def save(self) -> None:
+        """Write the cache file, whole or not at all; a folder that cannot be written is a warning."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self.values))
+            temporary.replace(self.path)
+        except OSError as error:
+            logger.warning("cannot remember looked-at files in %s: %s", self.path, error)

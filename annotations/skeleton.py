@@ -1,0 +1,157 @@
+"""Skeletons: which points swap in a mirror, and how far off a point may be (OKS sigmas)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.coco_metrics import COCO_PERSON_SIGMAS
+
+# The "1" of pycocotools' table after its division by ten: looser than any point of a COCO person but the hips.
+DEFAULT_SIGMA = 0.1
+
+COCO_PERSON_KEYPOINTS = (
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
+    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
+    "right_ankle",
+)  # fmt: skip
+
+_MIRROR_WORDS = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+# A mirror map is refused when it fits the labels worse than no map at all by so many standard errors.
+REFUSAL_ERRORS = 3.0
+MIN_OBJECTS_FOR_PROOF = 10
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is known about a dataset's keypoints.
+
+    Attributes:
+        names: K names, or empty.
+        links: Pairs of indices that are joined in pictures.
+        flip_pairs: Pairs of indices that swap in a mirror, () if every point stays itself; None if not known.
+        sigmas: K OKS sigmas that came with the data, or None.
+    """
+
+    names: tuple[str, ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
+def infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
+    """Return the pairs that names with left and right (or L and R) imply; None where no name has a side.
+
+    Raises:
+        ValueError: A sided name has no partner.
+    """
+    words = [tuple(_split_words(name)) for name in names]
+    pairs = []
+    for k, own in enumerate(words):
+        mirrored = tuple(_MIRROR_WORDS.get(word, word) for word in own)
+        if mirrored == own:
+            continue
+        if mirrored not in words:
+            raise ValueError(
+                f"keypoint {names[k]!r} has no partner on the other side; give flip_pairs in dataset.json instead"
+            )
+        partner = words.index(mirrored)
+        if k < partner:
+            pairs.append((k, partner))
+    return tuple(pairs) or None
+
+
+def _split_words(name: str) -> list[str]:
+    """Split "leftEye", "left_eye", "L-eye" and "eyeleft" into lower-case words."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
+    split: list[str] = []
+    for word in (w.lower() for w in words):
+        match = re.fullmatch(r"(left|right)(.+)|(.+)(left|right)", word)
+        split.extend(part for part in match.groups() if part) if match else split.append(word)
+    return split
+
+
+def flip_order(flip_pairs: Sequence[tuple[int, int]], num_keypoints: int) -> np.ndarray:
+    """Return int64 [K]: in a mirror, point k is drawn where point ``order[k]`` was.
+
+    Raises:
+        ValueError: An index is out of range, or in two pairs (the map would not be its own inverse).
+    """
+    order = np.arange(num_keypoints)
+    used: set[int] = set()
+    for a, b in flip_pairs:
+        if not (0 <= a < num_keypoints and 0 <= b < num_keypoints) or a == b:
+            raise ValueError(f"flip pair [{a}, {b}]: expected two different keypoints from 0 to {num_keypoints - 1}")
+        if used & {a, b}:
+            raise ValueError(f"flip pair [{a}, {b}]: a keypoint is in two pairs, so mirroring twice would not undo it")
+        used |= {a, b}
+        order[a], order[b] = b, a
+    assert (order[order] == np.arange(num_keypoints)).all()
+    return order
+
+
+def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.ndarray) -> None:
+    """Prove a mirror map on the labels: mirrored objects must look more like the mean object with it than without.
+
+    Args:
+        order: int64 [K].
+        keypoints: float64 [N, K, 3].
+        boxes_xywh: float64 [N, 4].
+
+    Raises:
+        ValueError: The map is plainly wrong. Too few objects, or a skeleton without sides, prove nothing.
+    """
+    swapped = order != np.arange(len(order))
+    sides = np.maximum(boxes_xywh[:, None, 2:], 1e-9)
+    layout = (keypoints[:, :, :2] - boxes_xywh[:, None, :2]) / sides - 0.5
+    labelled = keypoints[:, :, 2] > 0
+    mean = np.where(labelled[:, :, None], layout, 0).sum(axis=0) / np.maximum(labelled.sum(axis=0), 1)[:, None]
+    mirrored = layout * [-1, 1]
+    # Only points that both maps can judge: labelled themselves and where they would move to.
+    judged = labelled & labelled[:, order] & swapped
+    objects = judged.any(axis=1)
+    if objects.sum() < MIN_OBJECTS_FOR_PROOF:
+        return
+    with_map = np.square(mirrored[:, order] - mean).sum(axis=2)
+    without = np.square(mirrored - mean).sum(axis=2)
+    difference = np.where(judged, with_map - without, 0).sum(axis=1)[objects] / judged.sum(axis=1)[objects]
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    if difference.mean() > REFUSAL_ERRORS * max(error, 1e-9):
+        raise ValueError(
+            f"flip_pairs look wrong: on {len(difference)} labelled objects the mirrored skeleton fits the mean one "
+            f"worse with the pairs than without (squared distance {with_map[judged].mean():.4f} against "
+            f"{without[judged].mean():.4f}, in units of the box); correct them in dataset.json"
+        )
+
+
+def choose_sigmas(given: Sequence[float] | None, skeleton: Skeleton, num_keypoints: int) -> tuple[np.ndarray, str]:
+    """Return (OKS sigmas float64 [K], where they come from).
+
+    Args:
+        given: ``--kpt-oks-sigmas``: one value for all, or K values; pycocotools' unit after its division by ten.
+        skeleton: May carry the dataset's own.
+        num_keypoints: K.
+
+    Raises:
+        ValueError: Neither 1 nor K values, or a value that is not positive.
+    """
+    if given is not None:
+        values, source = np.array(given, dtype=np.float64), "--kpt-oks-sigmas"
+        if len(values) == 1:
+            values = np.repeat(values, num_keypoints)
+    elif skeleton.sigmas is not None:
+        values, source = np.array(skeleton.sigmas, dtype=np.float64), "the dataset"
+    elif skeleton.names == COCO_PERSON_KEYPOINTS:
+        values, source = COCO_PERSON_SIGMAS.copy(), "COCO's persons"
+    else:
+        values, source = np.full(num_keypoints, DEFAULT_SIGMA), f"the default of {DEFAULT_SIGMA} for each"
+    if len(values) != num_keypoints:
+        raise ValueError(
+            f"{len(values)} OKS sigmas (from {source}) for objects with {num_keypoints} keypoints; "
+            f"give one value, or {num_keypoints}"
+        )
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"OKS sigmas (from {source}) must be positive and finite, got {values.tolist()}")
+    return values, source

@@ -1,0 +1,324 @@
+"""How far a figure may be trusted: COCO's figures over resampled images, from the matches of one evaluation.
+
+A resample draws as many images as there are, with repetition; an image drawn twice counts as two images of the same
+content, as if its copy stood in the annotation file. Detections are matched within their image, so that matches stay
+what they are and only their weights change: nothing is matched again, and no model, image or annotation is needed.
+
+AP of resamples is higher than AP of the images they were drawn from (repeated images agree with themselves, and the
+envelope of the precision takes every stroke of luck), by several standard deviations where classes are rare. Plain
+percentiles would not even hold the figure. Intervals are therefore the spread of the resamples, centred on the figure:
+how far it moves with another set of as many images. A simulation in the tests counts how often that is true.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from annotations.arrays import Annotations
+from coco_eval import CocoEvaluator, EvalResult
+from evaluation.coco_matching import Matches
+
+SEED = 0
+LEVEL = 0.95
+
+# Figures that carry an interval.
+RESAMPLED = ("AP", "AP50", "AP75", "AR")
+
+# A thousand resamples where that is cheap, fewer for large datasets, none where not even the smallest number is cheap;
+# the bound is on resamples times detections.
+MOST_RESAMPLES, FEWEST_RESAMPLES = 1000, 100
+MAX_WORK = 100_000_000
+
+# Resamples times detections that are worked on at once: what fits the processor's cache.
+_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What one kind of score keeps of an evaluation to compute it for other weights of the images.
+
+    Attributes:
+        matches: `Matches.sorted`; ``images`` are positions in ``image_ids``.
+        truth_images: int32 [N], position of the image of every object that counts (in the area range "all").
+        truth_categories: int16 [N], position of its class.
+        image_ids: int64 [I], of the evaluated images, ascending.
+        class_names: K names.
+        thresholds: float64 [T], IoU or OKS.
+        recall_grid: float64 [R].
+        fingerprint: Of all annotations of the evaluated images.
+        settings: `EvalResult.settings`: what two evaluations must share to be compared.
+    """
+
+    matches: Matches
+    truth_images: np.ndarray
+    truth_categories: np.ndarray
+    image_ids: np.ndarray
+    class_names: tuple[str, ...]
+    thresholds: np.ndarray
+    recall_grid: np.ndarray
+    fingerprint: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, evaluator: CocoEvaluator, result: EvalResult, iou_type: str) -> "Outcomes":
+        """Take them from an evaluation; on the first process, where the matches are."""
+        annotations, seen = evaluator.annotations, result.seen
+        position = np.full(len(annotations), -1, dtype=np.int32)
+        position[evaluator.indices[seen]] = np.arange(len(seen))
+        truth_images = position[annotations.object_images()]
+        counts = ~evaluator.ignored[iou_type] & (truth_images >= 0)
+        low, high = evaluator.grids[iou_type].area_ranges[0]
+        counts &= (evaluator.areas[iou_type] >= low) & (evaluator.areas[iou_type] <= high)
+        images, *others = result.matches[iou_type].columns()
+        return cls(
+            Matches(np.searchsorted(seen, images).astype(np.int32), *others),
+            truth_images[counts],
+            evaluator.truth_categories[counts].astype(np.int16),
+            annotations.image_ids[evaluator.indices[seen]],
+            tuple(name for _, name in annotations.categories),
+            evaluator.grids[iou_type].thresholds,
+            evaluator.grids[iou_type].recall_grid,
+            _fingerprint(annotations, truth_images >= 0),
+            result.settings,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a file of plain arrays that `load` reads."""
+        text = {"class_names": self.class_names, "fingerprint": self.fingerprint, "settings": self.settings}
+        matches = dict(zip(Matches.__dataclass_fields__, self.matches.columns()))
+        arrays = {name: getattr(self, name) for name in _ARRAYS} | {f"match_{k}": v for k, v in matches.items()}
+        np.savez_compressed(path, text=np.frombuffer(json.dumps(text).encode(), dtype=np.uint8), **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcomes":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file is not one of those.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                text = json.loads(file["text"].tobytes())
+                matches = Matches(*(file[f"match_{name}"] for name in Matches.__dataclass_fields__))
+                arrays = {name: file[name] for name in _ARRAYS}
+            text["class_names"] = tuple(text["class_names"])
+            return cls(matches, **arrays, **text)
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the matches of an evaluation ({error})") from None
+
+
+_ARRAYS = ("truth_images", "truth_categories", "image_ids", "thresholds", "recall_grid")
+
+
+def _fingerprint(annotations: Annotations, is_seen: np.ndarray) -> str:
+    """Return a hash of the objects marked in ``is_seen``, bool [N]; masks count by their boxes and areas."""
+    names = ("category_ids", "boxes_xywh", "areas", "is_crowd", "keypoints")
+    columns = [getattr(annotations, name) for name in names]
+    return hashlib.sha256(b"".join(column[is_seen].tobytes() for column in columns)).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """Precision and recall of every resample; NaN where a class has no object in it.
+
+    Attributes:
+        precision: float64 [B, K, T], averaged over recall: AP of a class at a threshold.
+        recall: float64 [B, K, T].
+        thresholds: float64 [T].
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    thresholds: np.ndarray
+
+    def figure(self, name: str, category: int | None = None) -> np.ndarray:
+        """Return a figure of `RESAMPLED` for every resample, over all classes or of one; NaN without objects."""
+        values = self.recall if name == "AR" else self.precision
+        if name in ("AP50", "AP75"):
+            values = values[:, :, np.isclose(self.thresholds, int(name[2:]) / 100)]
+        if category is not None:
+            values = values[:, category : category + 1]
+        has_objects = np.isfinite(values)
+        total = np.where(has_objects, values, 0).sum(axis=(1, 2))
+        count = has_objects.sum(axis=(1, 2))
+        return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def draw_weights(num_images: int, num_resamples: int, seed: int = SEED) -> np.ndarray:
+    """Return how often each resample contains each image, int32 [num_resamples, num_images]; depends on the seed."""
+    drawn = np.random.default_rng(seed).integers(0, num_images, (num_resamples, num_images))
+    drawn += np.arange(num_resamples)[:, None] * num_images
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.int32)
+
+
+def resample(outcomes: Outcomes, weights: np.ndarray) -> Resampled:
+    """Compute precision and recall with every image counted as often as its weight says.
+
+    Weights of one give COCO's figures; weights of two those of a dataset in which every image stands twice.
+
+    Args:
+        outcomes: Of an evaluation.
+        weights: Integers [B, I].
+    """
+    num_classes, num_thresholds = len(outcomes.class_names), len(outcomes.thresholds)
+    precision = np.full((len(weights), num_classes, num_thresholds), np.nan)
+    recall = precision.copy()
+    by_class = np.argsort(outcomes.truth_categories, kind="stable")
+    bounds = np.searchsorted(outcomes.truth_categories[by_class], np.arange(num_classes + 1))
+    for k, span in enumerate(outcomes.matches.category_slices(num_classes)):
+        truths = outcomes.truth_images[by_class[bounds[k] : bounds[k + 1]]]
+        if not len(truths):
+            continue
+        images = outcomes.matches.images[span]
+        positive, ignored = outcomes.matches.positive[span], outcomes.matches.ignored[span]
+        step = max(1, _CHUNK // max(1, len(images)))
+        for start in range(0, len(weights), step):
+            rows = slice(start, start + step)
+            totals = weights[rows][:, truths].sum(axis=1)
+            p, r = _average_precision(weights[rows], images, positive, ignored, totals, outcomes)
+            p[totals == 0] = r[totals == 0] = np.nan
+            precision[rows, k], recall[rows, k] = p, r
+    return Resampled(precision, recall, outcomes.thresholds)
+
+
+def _average_precision(
+    weights: np.ndarray,
+    images: np.ndarray,
+    positive: np.ndarray,
+    ignored: np.ndarray,
+    totals: np.ndarray,
+    outcomes: Outcomes,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (precision averaged over recall [B, T], final recall [B, T]) of one class.
+
+    The same sums as `coco_matching.precision_over_recall`, but only at true positives: recall rises nowhere else, and
+    precision between two of them is below that of the first, so that its envelope does not see it.
+    """
+    num_thresholds = len(outcomes.thresholds)
+    precision, recall = np.zeros((len(weights), num_thresholds)), np.zeros((len(weights), num_thresholds))
+    found_or_ignored = np.cumsum(weights[:, images], axis=1, dtype=np.int32)
+    totals = np.maximum(totals, 1)[:, None]
+    for t in range(num_thresholds):
+        bit = np.uint64(1 << t)
+        hits, skipped = np.flatnonzero(positive & bit), np.flatnonzero(ignored & bit)
+        if not len(hits):
+            continue
+        true_positives = np.cumsum(weights[:, images[hits]], axis=1, dtype=np.int32)
+        found = found_or_ignored[:, hits]
+        if len(skipped):
+            before = np.zeros((len(weights), len(skipped) + 1), dtype=np.int32)
+            np.cumsum(weights[:, images[skipped]], axis=1, out=before[:, 1:])
+            found -= before[:, np.searchsorted(skipped, hits)]
+        envelope = true_positives / (found + np.spacing(1))
+        envelope = np.maximum.accumulate(envelope[:, ::-1], axis=1)[:, ::-1]
+        at_recall = true_positives / totals
+        # How many points of the recall grid are reached by each true positive, and first by it.
+        reached = np.searchsorted(outcomes.recall_grid, at_recall, side="right")
+        first = np.diff(reached, axis=1, prepend=0)
+        precision[:, t] = (envelope * first).sum(axis=1) / len(outcomes.recall_grid)
+        recall[:, t] = at_recall[:, -1]
+    return precision, recall
+
+
+def num_resamples(num_detections: int) -> int:
+    """Return how many resamples are made for so many detections; 0 where it would take too long."""
+    affordable = MAX_WORK // max(1, num_detections)
+    return min(MOST_RESAMPLES, affordable) if affordable >= FEWEST_RESAMPLES else 0
+
+
+def interval(figure: float, resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """Return (low, high) around a figure; None if no resample has a value.
+
+    Args:
+        figure: Of the images themselves.
+        resampled: The same of every resample, NaN where it does not exist.
+        level: Share of sets of as many images whose figures are to lie inside.
+    """
+    spread = resampled[np.isfinite(resampled)]
+    if not len(spread):
+        return None
+    low, high = figure + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2]) - spread.mean()
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two evaluations of the same images differ in one figure.
+
+    Attributes:
+        first: Of the first evaluation; None without objects, and then all others are.
+        second: Of the second one.
+        low: The interval of second minus first.
+        high: Its upper end.
+        probability: That the second one is better: share of the resamples, centred on the difference, in which it is;
+            equal ones count half.
+    """
+
+    first: float | None = None
+    second: float | None = None
+    low: float | None = None
+    high: float | None = None
+    probability: float | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def compare_figure(first: np.ndarray, second: np.ndarray, level: float = LEVEL) -> Difference:
+    """Compare a figure of two evaluations that were resampled with the same weights.
+
+    Args:
+        first: `Resampled.figure` of the first; its entry 0 has the images themselves, weight one each.
+        second: Of the second one.
+        level: Of the interval.
+    """
+    differences = second - first
+    if not np.isfinite(differences[0]):
+        return Difference()
+    spread = interval(float(differences[0]), differences[1:], level)
+    if spread is None:
+        return Difference(float(first[0]), float(second[0]))
+    resampled = differences[1:][np.isfinite(differences[1:])]
+    centred = resampled - resampled.mean() + differences[0]
+    # What the sums of floating point leave of an equality.
+    sign = np.where(np.abs(centred) < 1e-12, 0.0, np.sign(centred))
+    return Difference(float(first[0]), float(second[0]), *spread, float((sign + 1).mean() / 2))
+
+
+def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, dict[str, Any]]:
+    """Return the 95 % intervals of an evaluation's figures; on the first process, where the matches are.
+
+    Returns:
+        Per kind of score ``AP``, ``AP50``, ``AP75`` and ``AR``, each [low, high] or None without objects, and
+        ``resamples``, their number. A kind with too many detections has no entry.
+    """
+    intervals: dict[str, dict[str, Any]] = {}
+    for iou_type in evaluator.iou_types:
+        outcomes = Outcomes.of(evaluator, result, iou_type)
+        number = num_resamples(len(outcomes.matches))
+        if not number or not len(outcomes.image_ids):
+            continue
+        resampled = resample(outcomes, draw_weights(len(outcomes.image_ids), number))
+        of_type: dict[str, Any] = {"resamples": number}
+        for name in RESAMPLED:
+            figure = result.metrics[iou_type][name]
+            found = None if figure is None else interval(figure, resampled.figure(name))
+            of_type[name] = None if found is None else [max(found[0], 0.0), min(found[1], 1.0)]
+        intervals[iou_type] = of_type
+    return intervals
+
+
+def format_intervals(intervals: dict[str, dict[str, Any]]) -> str:
+    """Return the intervals of AP as text, one line per kind of score; empty without any."""
+    lines = []
+    for iou_type, of_type in intervals.items():
+        if of_type["AP"] is not None:
+            low, high = of_type["AP"]
+            lines.append(f"AP, {iou_type}: {LEVEL:.0%} interval over images {low:.4f} to {high:.4f}")
+    return "\n".join(lines)

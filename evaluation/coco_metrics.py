@@ -1,0 +1,95 @@
+"""COCO's parameters and summary figures; pycocotools' ``Params`` says what they are computed with."""
+
+import numpy as np
+from pycocotools.cocoeval import Params
+
+from evaluation.coco_matching import Curves
+
+# How COCO's sigmas become pycocotools': by a division of its own, since 0.26 / 10 and 0.026 are different doubles.
+COCO_PERSON_SIGMAS = (
+    np.array([0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89])
+    / 10.0
+)
+
+# Name, array, IoU threshold or None for the mean over all, area range, position in max_dets.
+SummaryLine = tuple[str, str, float | None, str, int]
+
+DETECTION_SUMMARY: tuple[SummaryLine, ...] = (
+    ("AP", "precision", None, "all", -1),
+    ("AP50", "precision", 0.5, "all", -1),
+    ("AP75", "precision", 0.75, "all", -1),
+    ("AP_small", "precision", None, "small", -1),
+    ("AP_medium", "precision", None, "medium", -1),
+    ("AP_large", "precision", None, "large", -1),
+    ("AR_1", "recall", None, "all", 0),
+    ("AR_10", "recall", None, "all", 1),
+    ("AR", "recall", None, "all", -1),
+    ("AR_small", "recall", None, "small", -1),
+    ("AR_medium", "recall", None, "medium", -1),
+    ("AR_large", "recall", None, "large", -1),
+)
+KEYPOINT_SUMMARY: tuple[SummaryLine, ...] = (
+    ("AP", "precision", None, "all", -1),
+    ("AP50", "precision", 0.5, "all", -1),
+    ("AP75", "precision", 0.75, "all", -1),
+    ("AP_medium", "precision", None, "medium", -1),
+    ("AP_large", "precision", None, "large", -1),
+    ("AR", "recall", None, "all", -1),
+    ("AR50", "recall", 0.5, "all", -1),
+    ("AR75", "recall", 0.75, "all", -1),
+    ("AR_medium", "recall", None, "medium", -1),
+    ("AR_large", "recall", None, "large", -1),
+)
+
+Figures = dict[str, float | None]
+
+
+def build_params(iou_type: str, *, sigmas: np.ndarray | None = None, max_dets: int | None = None) -> Params:
+    """Return pycocotools' parameters.
+
+    Args:
+        iou_type: "bbox", "segm" or "keypoints".
+        sigmas: OKS sigmas, float64 [K]; COCO's 17 by default.
+        max_dets: Detections per image and category that count; 100, or 20 for keypoints, by default.
+    """
+    params = Params(iou_type)
+    if iou_type == "keypoints" and sigmas is not None:
+        params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
+    if max_dets is not None:
+        params.maxDets = [max_dets] if iou_type == "keypoints" else [1, min(10, max_dets), max_dets]
+    return params
+
+
+def check_sigmas(sigmas: np.ndarray, num_keypoints: int) -> None:
+    """Raise ValueError unless there is one positive finite sigma for every keypoint."""
+    if num_keypoints == 0:
+        raise ValueError("keypoints are to be scored, but the ground truth has none")
+    if len(sigmas) != num_keypoints:
+        raise ValueError(
+            f"{len(sigmas)} OKS sigma(s) for objects with {num_keypoints} keypoints; "
+            "give --kpt-oks-sigmas one value, or one per keypoint"
+        )
+    if not (np.isfinite(sigmas).all() and (np.asarray(sigmas) > 0).all()):
+        raise ValueError(f"OKS sigmas must be positive and finite, got {np.asarray(sigmas).tolist()}")
+
+
+def summarize(curves: Curves, params: Params) -> Figures:
+    """Return COCO's summary figures by name; None where there is no object of that kind to find."""
+    figures: Figures = {}
+    for name, array, threshold, area, m in KEYPOINT_SUMMARY if params.iouType == "keypoints" else DETECTION_SUMMARY:
+        values = getattr(curves, array)[..., params.areaRngLbl.index(area), m]
+        if threshold is not None:
+            values = values[np.isclose(params.iouThrs, threshold)]
+        values = values[values > -1]
+        figures[name] = float(np.mean(values)) if values.size else None
+    return figures
+
+
+def summarize_classes(curves: Curves, params: Params, names: list[str]) -> dict[str, Figures]:
+    """Return the summary figures of every class by name."""
+    rows = {}
+    for k, name in enumerate(names):
+        of_class = slice(k, k + 1)
+        one = Curves(curves.precision[:, :, of_class], curves.recall[:, of_class], curves.scores[:, :, of_class])
+        rows[name] = summarize(one, params)
+    return rows

@@ -1,0 +1,5 @@
+"""A trained detector in use, without any training code.
+
+Not here: the commands, which are predict.py and export.py.
+Open first: ``detector.py``.
+"""

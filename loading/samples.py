@@ -1,0 +1,267 @@
+"""The dataset behind every ``--dataset``: annotations, a source of images, and labels for the model.
+
+COCO files, folders and drawn shapes differ only in how their `Annotations` are made and where pixels come from.
+A sample is produced lean: the image stays uint8 as it was decoded, masks stay blocks inside their boxes, and only
+what the model needs is made at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from annotations.arrays import Annotations
+from pixels.geometry import Placement
+from pixels.images import read_image
+from pixels.lazy_image import MAX_DEVICE_SHRINK, LazyImage, render
+from pixels.masks import MaskBlock, block_from_polygons, block_from_rle, rle_from_polygons
+from utils import seeded_cpu_rng
+
+# Boxes thinner than this many pixels can collapse to nothing when float32 coordinates are rescaled, and
+# torchvision's models end with an assertion. COCO's thinnest real box is wider.
+MIN_BOX_SIDE = 1 / 64
+
+
+class ImageSource(Protocol):
+    """Where pixels come from."""
+
+    def read(self, annotations: Annotations, index: int) -> np.ndarray:
+        """Return image ``index``, uint8 [H, W, 3]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images on disk below one folder.
+
+    Attributes:
+        root: The folder that file names are relative to.
+        apply_exif: Whether annotations were made on EXIF-rotated pictures; if False, on those that fit their size.
+    """
+
+    root: Path
+    apply_exif: bool = False
+
+    def read(self, annotations: Annotations, index: int) -> np.ndarray:
+        """Decode image ``index``; raises `BadImageError` naming the file."""
+        size = int(annotations.heights[index]), int(annotations.widths[index])
+        return read_image(self.root / annotations.file_name(index), size, self.apply_exif)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The model's labels and what they mean in the dataset; label 0 is background.
+
+    Attributes:
+        category_ids: The category id of every label from 1 on; -1 for a label without a category.
+        names: The class name of every label from 1 on.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, background included."""
+        return len(self.category_ids) + 1
+
+    def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
+        """Return the int64 label of every category id; all of them must be known."""
+        sorted_ids, labels = self._sorted
+        positions = np.searchsorted(sorted_ids[:-1], category_ids)
+        assert (sorted_ids[positions] == category_ids).all(), "a category that has no label"
+        return labels[positions]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        known = np.array(self.category_ids, dtype=np.int64)
+        order = np.argsort(known, kind="stable")
+        return known[order], order + 1
+
+    def categories_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return the category id of every label, -1 where it has none."""
+        return np.array((-1, *self.category_ids), dtype=np.int64)[labels]
+
+    @classmethod
+    def contiguous(cls, categories: Sequence[tuple[int, str]]) -> "LabelMap":
+        """Number categories 1..C in the order of their ids."""
+        return cls(tuple(id_ for id_, _ in categories), tuple(name for _, name in categories))
+
+
+@dataclass
+class Sample:
+    """One image on its way to the model.
+
+    Attributes:
+        pixels: uint8 [h, w, 3].
+        placement: What is left to do with pixels and masks on the device, or None.
+        target: ``image_id`` (int) and per object, in canvas pixels: ``boxes`` float32 [N, 4] xyxy, ``labels``
+            int64 [N], and where needed ``keypoints`` float32 [N, K, 3].
+        blocks: One mask per object inside ``pixels``, where needed.
+    """
+
+    pixels: np.ndarray
+    placement: Placement | None
+    target: dict[str, np.ndarray | int]
+    blocks: list[MaskBlock] | None = None
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images and targets of one split.
+
+    An item is asked for as (epoch, index); its augmentation is a function of (seed, epoch, index) alone,
+    whatever worker or process makes it.
+
+    Args:
+        annotations: Of all images of the split.
+        images: Where their pixels come from.
+        label_map: Labels of the categories; objects of others are left out.
+        indices: Which images belong to the dataset, int64; all by default.
+        transforms: Training pipeline for a `LazyImage`; None shows every image as it is.
+        needs_masks: Whether targets carry masks.
+        needs_keypoints: Whether targets carry keypoints.
+        flip_order: int [K], see `Placement.move_keypoints`.
+        seed: Of the run.
+        with_targets: Whether a sample has boxes and labels, or only its image id as scoring needs.
+        resize_on_device: Leave resizing, placing and mirroring to the device, see `lazy_image.finish_pixels`.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        images: ImageSource,
+        label_map: LabelMap,
+        *,
+        indices: np.ndarray | None = None,
+        transforms: v2.Compose | None = None,
+        needs_masks: bool = False,
+        needs_keypoints: bool = False,
+        flip_order: np.ndarray | None = None,
+        seed: int = 0,
+        with_targets: bool = True,
+        resize_on_device: bool = False,
+    ) -> None:
+        self.annotations, self.images, self.label_map = annotations, images, label_map
+        self.indices = np.arange(len(annotations)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self.transforms, self.seed = transforms, seed
+        self.needs_masks, self.needs_keypoints, self.flip_order = needs_masks, needs_keypoints, flip_order
+        self.with_targets, self.resize_on_device = with_targets, resize_on_device
+        self.has_unknown_categories = not {id_ for id_, _ in annotations.categories} <= set(label_map.category_ids)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    @property
+    def heights(self) -> np.ndarray:
+        """Height of every image, int32 [len]."""
+        return self.annotations.heights[self.indices]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Width of every image, int32 [len]."""
+        return self.annotations.widths[self.indices]
+
+    def get_height_and_width(self, index: int) -> tuple[int, int]:
+        """Return the size of image ``index`` without reading it."""
+        i = self.indices[index]
+        return int(self.annotations.heights[i]), int(self.annotations.widths[i])
+
+    def __getitem__(self, item: tuple[int, int] | int) -> Sample:
+        """Return a sample; a plain index means epoch 0.
+
+        Raises:
+            BadImageError: The image cannot be decoded; the text names the file.
+        """
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        i = int(self.indices[index])
+        pixels = self.images.read(self.annotations, i)
+        image_id = int(self.annotations.image_ids[i])
+        if not self.with_targets:
+            return Sample(pixels, None, {"image_id": image_id})
+        with seeded_cpu_rng(self.seed, "sample", epoch, image_id):
+            return self._make_sample(pixels, i, image_id)
+
+    def _make_sample(self, pixels: np.ndarray, i: int, image_id: int) -> Sample:
+        """Augment one image with its objects; every per-object field is filtered by the same ``keep``."""
+        annotations = self.annotations
+        objects, boxes = trainable_objects(annotations, i)
+        if self.has_unknown_categories:
+            is_known = np.isin(annotations.category_ids[objects], self.label_map.category_ids)
+            objects, boxes = objects[is_known], boxes[is_known]
+        image = LazyImage.of(pixels, boxes)
+        if self.transforms is not None:
+            image = self.transforms(image)
+
+        placement = image.view.place()
+        moved = placement.move_boxes(boxes)
+        sides, old_sides = moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2]
+        # What a crop or a shrink leaves less than a pixel of is no longer to be seen; a tiny object that was
+        # annotated as such stays.
+        kept = image.is_kept & (sides >= np.minimum(1, old_sides)).all(axis=1)
+        objects = objects[kept]
+
+        target: dict[str, np.ndarray | int] = {
+            "image_id": image_id,
+            "boxes": moved[kept],
+            "labels": self.label_map.labels_of(annotations.category_ids[objects]),
+        }
+        if self.needs_keypoints:
+            keypoints = annotations.keypoints[objects].astype(np.float32)
+            target["keypoints"] = placement.move_keypoints(keypoints, self.flip_order)
+        on_device = self.resize_on_device and placement.shrink <= MAX_DEVICE_SHRINK
+        blocks = None
+        if self.needs_masks:
+            blocks = [placement.crop_block(mask_block(annotations, i, n)) for n in objects]
+            if not on_device:
+                blocks = [placement.resize_block(block) for block in blocks]
+        pixels = render(image, placement, resize=not on_device)
+        return Sample(pixels, placement if on_device else None, target, blocks)
+
+
+def trainable_objects(annotations: Annotations, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the objects of image ``i`` that are trained on: no crowds, no boxes without an inside.
+
+    Returns:
+        Their numbers, int64 [N], and their boxes, float32 [N, 4] xyxy, cut to the image.
+    """
+    objects = annotations.objects(i)
+    boxes = clipped_boxes(annotations, i, objects)
+    chosen = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(axis=1) & ~annotations.is_crowd[objects]
+    return np.flatnonzero(chosen) + objects.start, boxes[chosen]
+
+
+def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: slice | np.ndarray) -> np.ndarray:
+    """Return boxes of image ``i`` as float32 [len(objects), 4] xyxy, cut to the image.
+
+    ``i`` may also be the images of all objects, int64 [len(objects)].
+    """
+    boxes = annotations.boxes_xywh[objects].astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    sides = annotations.widths[i], annotations.heights[i]
+    np.maximum(boxes, 0, out=boxes)
+    np.minimum(boxes, np.stack([*sides, *sides], axis=-1), out=boxes, casting="same_kind")
+    return boxes
+
+
+def mask_block(annotations: Annotations, i: int, n: int) -> MaskBlock:
+    """Return the mask of object ``n`` of image ``i``; an object without a segmentation has an empty one."""
+    height, width = int(annotations.heights[i]), int(annotations.widths[i])
+    counts = annotations.rle(n)
+    if counts:
+        return block_from_rle(counts, height, width)
+    return block_from_polygons(annotations.polygons(n), height, width)
+
+
+def mask_rle(annotations: Annotations, i: int, n: int) -> dict[str, Any]:
+    """Return the mask of object ``n`` of image ``i`` as COCO's run lengths, as ``annToRLE`` of pycocotools."""
+    height, width = int(annotations.heights[i]), int(annotations.widths[i])
+    counts = annotations.rle(n)
+    if counts:
+        return {"size": [height, width], "counts": counts}
+    return rle_from_polygons(annotations.polygons(n), height, width)

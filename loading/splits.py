@@ -1,0 +1,394 @@
+"""From ``--dataset`` and its paths to the two splits of a run."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from annotations.arrays import Annotations, cached_annotations
+from annotations.findings import Findings
+from annotations.image_checks import check_decoding, check_files, check_headers, find_shared_files
+from annotations.skeleton import (
+    COCO_PERSON_KEYPOINTS,
+    Skeleton,
+    check_flip_order,
+    choose_sigmas,
+    flip_order,
+    infer_flip_pairs,
+)
+from coco_utils import read_coco
+from custom_dataset import read_dataset_info, read_folder
+from loading.samples import ImageFolder, ImageSource, LabelMap
+from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+
+logger = logging.getLogger(__name__)
+
+DATASETS = ("coco", "coco_kp", "custom", "shapes")
+
+# COCO's 80 classes by their ids 1 to 90; the ten gaps are called N/A.
+COCO_NAMES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+
+# Torchvision trains on an image of persons only if it shows at least so many labelled keypoints.
+MIN_PERSON_KEYPOINTS = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a dataset.
+
+    Attributes:
+        name: For messages.
+        annotations: Of all images.
+        images: Where the pixels come from.
+        indices: The usable images, int64.
+        skeleton: Of the keypoints.
+    """
+
+    name: str
+    annotations: Annotations
+    images: ImageSource
+    indices: np.ndarray
+    skeleton: Skeleton = field(default_factory=Skeleton)
+
+
+@dataclass(frozen=True)
+class CocoPaths:
+    """Where a COCO-style split lies."""
+
+    images: Path
+    annotations: Path
+
+
+def find_coco_paths(
+    root: Path, role: str, dataset: str, images: str | None = None, annotations: str | None = None
+) -> CocoPaths:
+    """Return where the ``train`` or ``val`` split lies: as given, in COCO's layout, or as annotation tools export.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    kind = "person_keypoints" if dataset == "coco_kp" else "instances"
+    export = root / ("train" if role == "train" else "valid")
+    candidates = [
+        CocoPaths(root / f"{role}2017", root / "annotations" / f"{kind}_{role}2017.json"),
+        CocoPaths(export, export / "_annotations.coco.json"),
+    ]
+    if annotations is not None:
+        candidates = [CocoPaths(Path(images) if images else Path(annotations).parent, Path(annotations))]
+    for paths in candidates:
+        if paths.annotations.is_file():
+            if not paths.images.is_dir():
+                raise FileNotFoundError(f"{paths.images}: no such image folder (for {paths.annotations})")
+            return paths
+    tried = " nor ".join(str(paths.annotations) for paths in candidates)
+    flags = f"--{role}-images and --{role}-annotations"
+    raise FileNotFoundError(f"no {role} annotations: neither {tried} exists; set --data-path, or {flags}")
+
+
+def load_coco_split(
+    paths: CocoPaths, *, on_bad_data: str = "error", needs_masks: bool = False, cache_dir: Path | None = None
+) -> Split:
+    """Read a COCO-style split through the annotation cache and look for its image files."""
+    annotations = cached_annotations(
+        paths.annotations,
+        lambda: read_coco(paths.annotations, on_bad_data=on_bad_data, needs_masks=needs_masks),
+        cache_dir,
+        options=f"{on_bad_data} {needs_masks}",
+    )
+    findings = Findings(on_bad_data)
+    check_files(annotations, paths.images, findings)
+    present = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
+    check_headers(annotations, paths.images, findings, cache_dir=cache_dir, indices=present)
+    findings.raise_errors()
+    _log_warnings((*annotations.warnings, *findings.warnings()))
+    skeleton = Skeleton(annotations.keypoint_names, annotations.skeleton, _implied_pairs(annotations.keypoint_names))
+    indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
+    return Split(str(paths.annotations), annotations, ImageFolder(paths.images), indices, skeleton)
+
+
+def load_custom_split(
+    root: Path,
+    role: str,
+    *,
+    on_bad_data: str = "error",
+    needs_masks: bool = False,
+    cache_dir: Path | None = None,
+    classes: Sequence[str] = (),
+) -> Split:
+    """Read ``train`` or ``test`` (for the role ``val``) below ``root`` and decode every image once.
+
+    Args:
+        root: Of the dataset; may hold ``dataset.json``.
+        role: ``train`` or ``val``.
+        on_bad_data: ``error`` or ``skip``.
+        needs_masks: Whether an object without a segmentation is an error.
+        cache_dir: Remembers which images decode.
+        classes: Names of the labels, where ``dataset.json`` has none: those of the training split or checkpoint.
+    """
+    folder = root / ("train" if role == "train" else "test")
+    info = read_dataset_info(root)
+    if not info.classes and classes:
+        info = type(info)(tuple(classes), info.skeleton)
+    annotations = read_folder(folder, info, on_bad_data=on_bad_data, needs_masks=needs_masks)
+    findings = Findings(on_bad_data)
+    check_files(annotations, folder, findings)
+    missing = sorted(findings.dropped_images)
+    present = np.setdiff1d(np.arange(len(annotations)), missing)
+    check_decoding(annotations, folder, findings, apply_exif=True, cache_dir=cache_dir, indices=present)
+    findings.raise_errors()
+    _log_warnings((*annotations.warnings, *findings.warnings()))
+    skeleton = info.skeleton
+    if skeleton.flip_pairs is None and skeleton.names:
+        skeleton = Skeleton(skeleton.names, skeleton.links, _implied_pairs(skeleton.names), skeleton.sigmas)
+    indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
+    return Split(str(folder), annotations, ImageFolder(folder, apply_exif=True), indices, skeleton)
+
+
+def _implied_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
+    """Return `infer_flip_pairs`; None with a warning where a name that seems to have a side stands alone."""
+    try:
+        return infer_flip_pairs(names)
+    except ValueError as error:
+        logger.warning("%s; if the keypoints are trained on, pictures are not mirrored", error)
+        return None
+
+
+def load_shapes_split(role: str) -> Split:
+    """Return the drawn dataset."""
+    annotations = shapes_annotations(role)
+    names = annotations.keypoint_names
+    skeleton = Skeleton(names, annotations.skeleton, infer_flip_pairs(names))
+    return Split(f"shapes ({role})", annotations, ShapeDrawer(role), np.arange(len(annotations)), skeleton)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which data a run uses, and how strictly.
+
+    Attributes:
+        dataset: One of `DATASETS`.
+        root: ``--data-path``.
+        on_bad_data: ``error`` or ``skip``.
+        cache_dir: For annotation caches; None for the default.
+        paths: (images, annotations) of the roles ``train`` and ``val`` where they are given explicitly.
+    """
+
+    dataset: str
+    root: Path
+    on_bad_data: str = "error"
+    cache_dir: Path | None = None
+    paths: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+
+    def load(self, role: str, *, needs_masks: bool, classes: Sequence[str] = ()) -> Split:
+        """Read the split ``train`` or ``val``; ``classes`` as in `load_custom_split`."""
+        options: dict[str, Any] = {
+            "on_bad_data": self.on_bad_data,
+            "needs_masks": needs_masks,
+            "cache_dir": self.cache_dir,
+        }
+        if self.dataset == "shapes":
+            return load_shapes_split(role)
+        if self.dataset == "custom":
+            return load_custom_split(self.root, role, classes=classes, **options)
+        paths = find_coco_paths(self.root, role, self.dataset, *self.paths.get(role, (None, None)))
+        return load_coco_split(paths, **options)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits of a run and what the model must know of them.
+
+    Attributes:
+        train: None where only evaluation is wanted.
+        val: What is scored.
+        label_map: Labels of the model.
+        flip_order: int64 [K], which keypoint takes whose place in a mirror; None where not known.
+        sigmas: OKS sigmas, float64 [K]; None without keypoints.
+    """
+
+    train: Split | None
+    val: Split
+    label_map: LabelMap
+    flip_order: np.ndarray | None = None
+    sigmas: np.ndarray | None = None
+
+    @property
+    def num_keypoints(self) -> int:
+        """Keypoints per object."""
+        return (self.train or self.val).annotations.num_keypoints
+
+    def fingerprint(self) -> str:
+        """Return a hash of which images are trained and evaluated on, to compare between machines."""
+        splits = [split for split in (self.train, self.val) if split is not None]
+        return hashlib.sha256(b"".join(s.annotations.image_ids[s.indices].tobytes() for s in splits)).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the data, as plain values; `load_data` reads it."""
+        skeleton = (self.train or self.val).skeleton
+        return {
+            "label_categories": list(self.label_map.category_ids),
+            "label_names": list(self.label_map.names),
+            "keypoint_names": list(skeleton.names),
+            "skeleton": [list(link) for link in skeleton.links],
+            "sigmas": None if self.sigmas is None else self.sigmas.tolist(),
+        }
+
+
+def load_data(
+    source: Source,
+    task: str,
+    *,
+    sigmas: Sequence[float] | None = None,
+    known: dict[str, Any] | None = None,
+    test_only: bool = False,
+) -> Data:
+    """Read the splits, check them against each other, and settle labels, mirror map and OKS sigmas.
+
+    Args:
+        source: Which data.
+        task: ``box``, ``mask`` or ``keypoint``: what the model learns.
+        sigmas: ``--kpt-oks-sigmas``.
+        known: `Data.describe` of a checkpoint that is continued or evaluated.
+        test_only: Leave the training split alone.
+
+    Raises:
+        FileNotFoundError: A file or folder is missing.
+        ValueError: The data cannot be used; one line per finding.
+    """
+    needs_masks = task == "mask"
+    train = None
+    if not test_only:
+        train = source.load("train", needs_masks=needs_masks, classes=tuple(known["label_names"]) if known else ())
+        if not train.annotations.num_objects:
+            raise ValueError(f"{train.name}: no objects to train on")
+    if train is not None:
+        label_map = label_map_for(train.annotations)
+    elif known is not None:
+        label_map = LabelMap(tuple(known["label_categories"]), tuple(known["label_names"]))
+    else:
+        label_map = label_map_for(source.load("val", needs_masks=needs_masks).annotations)
+    names = tuple(name for id_, name in zip(label_map.category_ids, label_map.names) if id_ >= 0)
+    val = source.load("val", needs_masks=needs_masks, classes=names)
+    if not len(val.indices):
+        raise ValueError(f"{val.name}: no images to evaluate on")
+    for split in (train, val):
+        if split is not None and known is not None:
+            _check_names(split, known["label_categories"], known["label_names"], "the checkpoint")
+    if train is not None:
+        _check_names(val, label_map.category_ids, label_map.names, train.name)
+    known_ids = set(label_map.category_ids)
+    unknown = [name for id_, name in val.annotations.categories if id_ not in known_ids]
+    if unknown:
+        logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
+    if train is not None:
+        _warn_of_overlap(train, val)
+    if task != "keypoint":
+        return Data(train, val, label_map)
+
+    of_split = train or val
+    num_keypoints = of_split.annotations.num_keypoints
+    for a, b in of_split.skeleton.links:
+        if max(a, b) >= num_keypoints:
+            text = f"the skeleton links points {a} and {b} (from 0), but objects have {num_keypoints} keypoints"
+            raise ValueError(f"{of_split.name}: {text}; correct it in dataset.json or the annotations")
+    if not num_keypoints:
+        raise ValueError(f"{of_split.name}: no keypoints, but the model learns them")
+    if val.annotations.num_keypoints not in (0, num_keypoints):
+        found = val.annotations.num_keypoints
+        raise ValueError(f"{val.name}: {found} keypoints per object, {of_split.name} has {num_keypoints}")
+    values, origin = choose_sigmas(sigmas, of_split.skeleton, num_keypoints)
+    logger.info("OKS sigmas from %s: %s", origin, " ".join(f"{s:g}" for s in values))
+    return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values)
+
+
+def _check_names(split: Split, ids: Sequence[int], names: Sequence[str], where: str) -> None:
+    """Refuse a split that calls a category by another name than the labels' origin does.
+
+    Raises:
+        ValueError: Both names, and where they stand.
+    """
+    known = dict(zip(ids, names))
+    for id_, name in split.annotations.categories:
+        if known.get(id_, name) != name:
+            raise ValueError(
+                f"{split.name}: category {id_} is {name!r}, but {known[id_]!r} in {where}; labels go by the id, so "
+                "one class would be taken for the other: give both the same ids and names"
+            )
+
+
+def _warn_of_overlap(train: Split, val: Split) -> None:
+    """Warn of pictures that are trained on and scored on."""
+    paths = []
+    for split in (train, val):
+        if not isinstance(split.images, ImageFolder):
+            return
+        paths.append([split.images.root / split.annotations.file_name(i) for i in split.indices.tolist()])
+    pairs = find_shared_files(*paths)
+    if pairs:
+        example = f"{pairs[0][1]} is {pairs[0][0]}"
+        logger.warning(
+            "%d of %d pictures to evaluate on are also trained on (%s): scores will be too good; "
+            "check_dataset.py lists them",
+            len(pairs),
+            len(val.indices),
+            example,
+        )
+
+
+def _proven_flip_order(split: Split) -> np.ndarray | None:
+    """Return the mirror map of the split's keypoints after checking it on the labels, or None where not known."""
+    pairs, annotations = split.skeleton.flip_pairs, split.annotations
+    if pairs is None:
+        logger.info(
+            'no mirroring in training: which keypoints swap is not known; give "flip_pairs" in dataset.json '
+            "([] if every point stays itself) or names with left and right"
+        )
+        return None
+    order = flip_order(pairs, annotations.num_keypoints)
+    check_flip_order(order, annotations.keypoints, annotations.boxes_xywh)
+    names = split.skeleton.names or tuple(map(str, range(annotations.num_keypoints)))
+    logger.info("keypoints that swap in a mirror: %s", ", ".join(f"{names[a]}-{names[b]}" for a, b in pairs) or "none")
+    return order
+
+
+def _log_warnings(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.warning("%s", line)
+
+
+def label_map_for(annotations: Annotations) -> LabelMap:
+    """Return the model's labels: COCO's category ids for COCO's classes, 1 to C for any others.
+
+    COCO's ids keep their gaps (91 labels with background), so that torchvision's weights fit.
+    """
+    is_coco = all(0 < id_ < len(COCO_NAMES) and COCO_NAMES[id_] == name for id_, name in annotations.categories)
+    if is_coco and len(annotations.categories) > 1:
+        known = {id_ for id_, _ in annotations.categories}
+        ids = tuple(id_ if id_ in known else -1 for id_ in range(1, len(COCO_NAMES)))
+        return LabelMap(ids, COCO_NAMES[1:])
+    return LabelMap.contiguous(annotations.categories)
+
+
+def training_indices(split: Split, *, keep_negatives: bool, needs_keypoints: bool) -> np.ndarray:
+    """Return the images to train on, int64.
+
+    Without ``keep_negatives`` an image needs an annotation (a crowd counts) and a box wider and higher than one pixel;
+    for COCO's persons also `MIN_PERSON_KEYPOINTS` labelled keypoints, as in torchvision's scripts.
+    """
+    if keep_negatives:
+        return split.indices
+    annotations = split.annotations
+    image_of = annotations.object_images()
+    num_images = len(annotations)
+    has_box = np.zeros(num_images, dtype=bool)
+    has_box[image_of[(annotations.boxes_xywh[:, 2:] > 1).all(axis=1)]] = True
+    keep = has_box
+    if needs_keypoints and split.skeleton.names == COCO_PERSON_KEYPOINTS:
+        labelled = np.bincount(image_of, weights=annotations.num_visible_keypoints(), minlength=num_images)
+        keep &= labelled >= MIN_PERSON_KEYPOINTS
+    return split.indices[keep[split.indices]]

@@ -1,0 +1,155 @@
+"""How a model is carried out: memory format, compiled backbone, several processes, profiler. The results stay."""
+
+import contextlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.architectures import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+# Steps before a profile begins: allocator, caches and worker start-up are not what it is about.
+PROFILE_WARMUP_STEPS = 5
+PROFILE_ITEMS = 10
+
+# How often a compiled backbone is timed beside the plain one.
+COMPILE_TIMINGS = 3
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Keep the backbone's convolution weights, and with them its activations, in channels-last order."""
+    model.get_submodule("backbone").to(memory_format=torch.channels_last)
+
+
+def typical_input(spec: ModelSpec, batch_size: int, device: torch.device) -> Tensor:
+    """Return an input for the backbone: float [batch_size, 3, H, W], a batch of 4:3 pictures after the resize."""
+    if spec.architecture.fixed_size is not None:
+        height, width = spec.architecture.fixed_size
+    else:
+        height = spec.min_size[-1] if spec.min_size else spec.architecture.min_size
+        width = min(height * 4 // 3, spec.max_size or spec.architecture.max_size)
+        height, width = (-(-side // 32) * 32 for side in (height, width))
+    return torch.zeros(batch_size, 3, height, width, device=device)
+
+
+def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype | None) -> bool:
+    """Compile the backbone with its feature pyramid, in place, and log what that costs and gains.
+
+    The rest of a detector breaks the graph dozens of times. Where compiling fails, for want of a C++ compiler for
+    example, the backbone stays as it was and one line says why. Names in the state dict do not change.
+
+    Args:
+        model: On its device, in training mode or not.
+        example: float [N, 3, H, W], see `typical_input`; other sizes are compiled when they come.
+        amp_dtype: Autocast to this type, or None.
+
+    Returns:
+        Whether the backbone is compiled.
+    """
+    backbone = model.get_submodule("backbone")
+    buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+
+    def seconds() -> float:
+        """Time one forward and backward."""
+        if example.device.type == "cuda":
+            torch.cuda.synchronize(example.device)
+        start = time.perf_counter()
+        with torch.autocast(example.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            features = backbone(example)
+        if any(feature.requires_grad for feature in features.values()):
+            sum(feature.float().mean() for feature in features.values()).backward()
+        if example.device.type == "cuda":
+            torch.cuda.synchronize(example.device)
+        return time.perf_counter() - start
+
+    try:
+        seconds()
+        plain = min(seconds() for _ in range(COMPILE_TIMINGS))
+        backbone.compile()
+        first = seconds()
+        compiled = min(seconds() for _ in range(COMPILE_TIMINGS))
+    except Exception as error:  # dynamo, inductor, Triton and the C++ compiler all have errors of their own
+        backbone._compiled_call_impl = None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning("--compile: the backbone cannot be compiled here and stays as it is: %s", reason)
+        return False
+    finally:
+        for name, buffer in backbone.named_buffers():
+            buffer.copy_(buffers[name])
+        backbone.zero_grad(set_to_none=True)
+    text = "backbone compiled in %.0f s; forward and backward of %s take %.1f ms instead of %.1f ms (%.2fx)"
+    logger.info(text, first, list(example.shape), compiled * 1e3, plain * 1e3, plain / compiled)
+    return True
+
+
+def distribute(model: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
+    """Return ``model`` in DDP where there are several processes, else as it is.
+
+    Every loss reaches every trainable parameter in every step, empty images included, so the graph is static.
+    Running statistics of norms play no part in a training step: they are not broadcast each time but once before
+    they are used, by `broadcast_buffers`; the first process's are what a broadcast per step would leave.
+
+    Args:
+        model: On its device.
+        device: Of this process.
+        accumulate: Steps per update.
+    """
+    if not dist.is_initialized():
+        return model
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    syncs_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    options: dict[str, Any] = {syncs_buffers: False}
+    return nn.parallel.DistributedDataParallel(
+        model,
+        [device.index] if device.type == "cuda" else None,
+        **options,
+        gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,  # DDP does not support it together with no_sync
+    )
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers, such as the running statistics of batch norms."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@contextlib.contextmanager
+def profile_steps(steps: int, folder: Path | None, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Profile so many training steps and log the largest items; yields what is to be called after every step.
+
+    Args:
+        steps: How many; 0 profiles nothing.
+        folder: Where ``trace.json`` goes, which chrome://tracing and https://ui.perfetto.dev open; None writes none.
+        device: Whose time counts.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def report(profiler: torch.profiler.profile) -> None:
+        """Log the largest items and write the trace."""
+        key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        averages = profiler.key_averages()
+        table = averages.table(sort_by=key, row_limit=PROFILE_ITEMS, max_name_column_width=45)
+        logger.info("profile of %d steps, the %d largest items:\n%s", steps, PROFILE_ITEMS, table)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / "trace.json"))
+            logger.info("the trace is in %s", folder / "trace.json")
+
+    schedule = torch.profiler.schedule(wait=0, warmup=PROFILE_WARMUP_STEPS, active=steps, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=report) as profiler:
+        yield profiler.step

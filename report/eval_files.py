@@ -1,0 +1,176 @@
+"""The files of one evaluation: tables as csv, plots and pictures, and the matches that runs are compared by.
+
+Everything comes from what the evaluator has already; nothing is evaluated twice. A folder is written aside and then
+renamed, so that its files always belong to one evaluation.
+"""
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coco_eval import CocoEvaluator
+from evaluation.analysis import ImageScores, Report, score_images
+from evaluation.bootstrap import Outcomes
+from loading.splits import Split
+from report import plots
+from report.eval_pictures import Example, draw_examples
+from runtime.run_folder import BEST, NEWEST, SUMMARY, describe_scores, is_installed, read_summary
+from training.evaluate_model import Scored
+
+logger = logging.getLogger(__name__)
+
+CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR", "AP_small", "AP_medium", "AP_large")
+F1_COLUMNS = {"best_f1": "f1", "precision": "precision", "recall": "recall", "score_threshold": "score"}
+
+
+def write_evaluation(
+    run_dir: Path,
+    evaluator: CocoEvaluator,
+    scored: Scored,
+    split: Split,
+    *,
+    epoch: int | None,
+    predictions_dir: Path | None = None,
+) -> None:
+    """Write the folder ``eval`` of the newest evaluation; on the first process.
+
+    Args:
+        run_dir: Of the run.
+        evaluator: That gave the figures.
+        scored: With report.
+        split: The evaluated images.
+        epoch: Of the model; None outside training.
+        predictions_dir: With ``predictions_<kind>.json`` of this evaluation, for the pictures; None leaves them out.
+    """
+    report = scored.report
+    assert report is not None
+    folder = run_dir / f"{NEWEST}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    images = score_images(evaluator, scored.result, report.score_threshold)
+    _write_tables(folder, scored, report)
+    _write_images(folder / "images.csv", evaluator, images)
+    for kind in evaluator.iou_types:
+        Outcomes.of(evaluator, scored.result, kind).save(folder / f"matches_{kind}.npz")
+    if is_installed("matplotlib"):
+        _write_plots(folder, report)
+    examples: list[Example] = []
+    if predictions_dir is not None:
+        examples = draw_examples(folder, evaluator, images, split, predictions_dir, report.score_threshold)
+    summary = {"epoch": epoch, **describe_scores(scored)}
+    summary["objects"] = {
+        kind: dict(zip(report.class_names, counts[:, 0].tolist())) for kind, counts in scored.result.num_truths.items()
+    }
+    summary["examples"] = [vars(example) for example in examples]
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    _replace(folder, run_dir / NEWEST)
+
+
+def main_figure(scores: dict[str, Any]) -> tuple[str, float | None]:
+    """Return the name and value of the figure that says which epoch is best: AP of what the model is made for."""
+    kind = next(kind for kind in ("keypoints", "segm", "bbox") if kind in scores)
+    return f"{kind} AP", scores[kind]["AP"]
+
+
+def keep_best(
+    run_dir: Path, kinds: Sequence[str], predictions_dir: Path | None, *, is_best: bool | None = None
+) -> bool:
+    """Copy the newest evaluation's files and predictions to the folder ``best`` if it is the best one so far.
+
+    Args:
+        run_dir: Of the run.
+        kinds: Of score.
+        predictions_dir: With ``predictions_<kind>.json`` of the newest evaluation; None keeps none.
+        is_best: Whether it is; None lets `main_figure` decide. What an abandoned later epoch left is never better.
+
+    Returns:
+        Whether it was copied.
+    """
+    newest, best = read_summary(run_dir / NEWEST), read_summary(run_dir / BEST)
+    if is_best is None:
+        before, now = (main_figure(best)[1], main_figure(newest)[1]) if best else (None, None)
+        is_abandoned = newest.get("epoch") is not None and (best.get("epoch") or 0) >= newest["epoch"]
+        is_best = not best or is_abandoned or before is None or (now is not None and now > before)
+    if not is_best:
+        return False
+    folder = run_dir / f"{BEST}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run_dir / NEWEST, folder)
+    for kind in kinds if predictions_dir is not None else ():
+        assert predictions_dir is not None
+        shutil.copy2(predictions_dir / f"predictions_{kind}.json", folder)
+    _replace(folder, run_dir / BEST)
+    return True
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Put a folder in the place of another one."""
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table; numbers in full precision, nothing for None and NaN."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow(["" if isinstance(v, float) and np.isnan(v) else v for v in row])
+
+
+def _write_tables(folder: Path, scored: Scored, report: Report) -> None:
+    """Write figures, classes, curves, confusions and keypoint errors."""
+    result, names = scored.result, report.class_names
+    rows = []
+    for kind, figures in result.metrics.items():
+        for name, value in figures.items():
+            rows.append([kind, name, value, *(scored.intervals.get(kind, {}).get(name) or (None, None))])
+    _write_csv(folder / "figures.csv", ["kind", "figure", "value", "low", "high"], rows)
+    for kind, per_class in result.per_class.items():
+        header = ["class", "objects", *(c for c in CLASS_COLUMNS if c in result.metrics[kind]), *F1_COLUMNS]
+        rows = []
+        for k, name in enumerate(names):
+            best = report.best_f1[kind][name]
+            values = [per_class[name][column] for column in CLASS_COLUMNS if column in result.metrics[kind]]
+            rows.append([name, int(result.num_truths[kind][k, 0]), *values, *map(best.get, F1_COLUMNS.values())])
+        _write_csv(folder / f"classes_{kind}.csv", header, rows)
+        known = np.isfinite(report.precision[kind]).all(axis=0)
+        mean = report.precision[kind][:, known].mean(axis=1) if known.any() else np.full(len(report.recall), np.nan)
+        columns = np.column_stack([report.recall, mean, report.precision[kind]])
+        _write_csv(folder / f"pr_{kind}.csv", ["recall", "(mean)", *names], columns.tolist())
+    counts = report.confusion.tolist()
+    rows = [[name, *row] for name, row in zip([*names, "(no object)"], counts)]
+    _write_csv(folder / "confusion.csv", ["object \\ detected as", *names, "(missed)"], rows)
+    if result.keypoint_errors:
+        header = list(next(iter(result.keypoint_errors.values())))
+        rows = [[name, *map(row.get, header)] for name, row in result.keypoint_errors.items()]
+        _write_csv(folder / "keypoints.csv", ["keypoint", *header], rows)
+
+
+def _write_images(path: Path, evaluator: CocoEvaluator, images: ImageScores) -> None:
+    """Write hits and mistakes of every image, worst first; those with nothing to judge at the end."""
+    annotations = evaluator.annotations
+    ranked = images.ranked()
+    order = np.r_[ranked, np.setdiff1d(np.arange(len(images.f1)), ranked)]
+    rows = []
+    for n in order.tolist():
+        i = int(images.positions[n])
+        counts = [int(column[n]) for column in (images.objects, images.detections, images.hits)]
+        rows.append([int(annotations.image_ids[i]), annotations.file_name(i), *counts, float(images.f1[n])])
+    _write_csv(path, ["image_id", "file_name", "objects", "detections", "hits", "f1"], rows)
+
+
+def _write_plots(folder: Path, report: Report) -> None:
+    """Draw curves and confusion matrix."""
+    for kind, precision in report.precision.items():
+        overlap = "OKS" if kind == "keypoints" else "IoU"
+        png = plots.plot_precision_recall(report.recall, precision, report.class_names, overlap)
+        (folder / f"pr_{kind}.png").write_bytes(png)
+    (folder / "confusion.png").write_bytes(plots.plot_confusion(report.confusion, report.class_names))

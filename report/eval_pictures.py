@@ -1,0 +1,166 @@
+"""Pictures of the worst and the best images of an evaluation, ground truth and detections side by side."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from annotations.arrays import Annotations
+from annotations.record_checks import Record
+from coco_eval import CocoEvaluator
+from evaluation.analysis import ImageScores
+from evaluation.results_files import read_results_of_images
+from loading.samples import mask_block
+from loading.splits import Split
+from pixels.images import BadImageError
+from pixels.masks import MaskBlock, block_from_rle
+from report.drawing import Drawn, contact_sheet, draw_objects, save_picture
+
+logger = logging.getLogger(__name__)
+
+# Pictures of each sort, the longer side of each in pixels, and how many detections are drawn into one at most.
+NUM_PICTURES = 6
+LONG_SIDE = 560
+MAX_DRAWN = 50
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture in the folder of an evaluation, and what it shows.
+
+    Attributes:
+        picture: Name of the picture file.
+        sort: "worst" or "best".
+        image_id: Of the image.
+        file_name: Of the image.
+        objects: Number of objects.
+        detections: Number of detections that count.
+        hits: Objects found.
+        f1: At IoU 0.5 and the score threshold.
+    """
+
+    picture: str
+    sort: str
+    image_id: int
+    file_name: str
+    objects: int
+    detections: int
+    hits: int
+    f1: float
+
+
+def draw_examples(
+    folder: Path,
+    evaluator: CocoEvaluator,
+    images: ImageScores,
+    split: Split,
+    predictions_dir: Path,
+    score_threshold: float,
+) -> list[Example]:
+    """Write ``worst_N.jpg`` and ``best_N.jpg``: portraits beside each other, others above each other.
+
+    Args:
+        folder: Where to.
+        evaluator: Of the evaluation.
+        images: Hits and mistakes of its images.
+        split: Where pixels come from.
+        predictions_dir: With ``predictions_<kind>.json`` of every kind of score.
+        score_threshold: Detections below are not shown.
+
+    Returns:
+        What was drawn, worst first, then best first.
+    """
+    ranked, annotations = images.ranked(), evaluator.annotations
+    number = min(NUM_PICTURES, -(-len(ranked) // 2))
+    chosen = [("worst", n) for n in ranked[:number].tolist() if images.f1[n] < 1]
+    shown = {n for _, n in chosen}
+    chosen += [("best", n) for n in ranked[::-1][:number].tolist() if images.f1[n] > 0 and n not in shown]
+    ids = [int(annotations.image_ids[images.positions[n]]) for _, n in chosen]
+    records = {t: read_results_of_images(predictions_dir / f"predictions_{t}.json", ids) for t in evaluator.iou_types}
+    examples: list[Example] = []
+    numbers = {"worst": 0, "best": 0}
+    for (sort, n), image_id in zip(chosen, ids):
+        i = int(images.positions[n])
+        try:
+            pixels = torch.from_numpy(split.images.read(annotations, i).copy()).permute(2, 0, 1)
+        except BadImageError as error:
+            logger.warning("no picture: %s", error)
+            continue
+        numbers[sort] += 1
+        name = f"{sort}_{numbers[sort]}.jpg"
+        example = Example(
+            name,
+            sort,
+            image_id,
+            annotations.file_name(i),
+            int(images.objects[n]),
+            int(images.detections[n]),
+            int(images.hits[n]),
+            float(images.f1[n]),
+        )
+        of_image = {kind: records[kind][image_id] for kind in records}
+        detections = drawn_results(of_image, annotations, i, score_threshold)
+        sides = [
+            (f"annotated: {example.objects} object(s)", drawn_truth(annotations, i, "segm" in evaluator.iou_types)),
+            (f"detected at {score_threshold:.2f}: {len(detections)}, {example.hits} right", detections),
+        ]
+        pair = [(text, draw_objects(pixels, side, split.skeleton, shown_at=LONG_SIDE)) for text, side in sides]
+        columns = 1 if pixels.shape[-1] >= pixels.shape[-2] else 2
+        save_picture(contact_sheet(pair, columns=columns, cell=LONG_SIDE), folder / name)
+        examples.append(example)
+    return examples
+
+
+def drawn_truth(annotations: Annotations, i: int, with_masks: bool) -> Drawn:
+    """Return the objects of image ``i``; a crowd says so."""
+    span = annotations.objects(i)
+    classes = np.searchsorted([id_ for id_, _ in annotations.categories], annotations.category_ids[span])
+    names = [name for _, name in annotations.categories]
+    captions = [
+        (names[k] if len(names) > 1 else "") + (" (crowd)" if crowd else "")
+        for k, crowd in zip(classes.tolist(), annotations.is_crowd[span].tolist())
+    ]
+    masks = [mask_block(annotations, i, n) for n in range(span.start, span.stop)] if with_masks else None
+    points = annotations.keypoints[span] if annotations.num_keypoints else None
+    return Drawn(_to_xyxy(annotations.boxes_xywh[span]), captions, classes, masks, points)
+
+
+def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i: int, score_threshold: float) -> Drawn:
+    """Return the detections of image ``i`` at the threshold or above, best first, `MAX_DRAWN` at most.
+
+    Args:
+        of_image: Records by kind of score in one order, those of keypoints perhaps fewer.
+        annotations: Of the split.
+        i: Of the image.
+        score_threshold: For the boxes.
+    """
+    boxes, masks, points = of_image["bbox"], of_image.get("segm"), of_image.get("keypoints")
+    chosen = [n for n, record in enumerate(boxes) if record["score"] >= score_threshold]
+    chosen = sorted(chosen, key=lambda n: -boxes[n]["score"])[:MAX_DRAWN]
+    ids, names = [id_ for id_, _ in annotations.categories], [name for _, name in annotations.categories]
+    classes = [ids.index(boxes[n]["category_id"]) if boxes[n]["category_id"] in ids else len(ids) for n in chosen]
+    titles = [*names, "?"] if len(names) > 1 else ["", "?"]
+    captions = [f"{titles[k]} {boxes[n]['score']:.2f}".strip() for k, n in zip(classes, chosen)]
+    blocks: list[MaskBlock] | None = None
+    if masks is not None:
+        height, width = int(annotations.heights[i]), int(annotations.widths[i])
+        blocks = [block_from_rle(masks[n]["segmentation"]["counts"].encode(), height, width) for n in chosen]
+    keypoints = None
+    if points is not None:
+        aligned = np.zeros((len(boxes), annotations.num_keypoints, 3))
+        rest = iter(points)
+        record = next(rest, None)
+        for n, box in enumerate(boxes):
+            if record is not None and (record["score"], record["category_id"]) == (box["score"], box["category_id"]):
+                aligned[n] = np.reshape(record["keypoints"], (-1, 3))
+                record = next(rest, None)
+        aligned[:, :, 2] *= 2  # drawn as visible
+        keypoints = aligned[chosen]
+    places = np.array([boxes[n]["bbox"] for n in chosen], dtype=np.float64).reshape(-1, 4)
+    return Drawn(_to_xyxy(places), captions, np.array(classes, dtype=np.int64), blocks, keypoints)
+
+
+def _to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)

@@ -1,0 +1,362 @@
+"""Checkpoints that survive: written whole or not at all, hashed, one writer per folder.
+
+A checkpoint is one dict of tensors and plain values, loaded with ``weights_only=True``. `save_checkpoint` writes a
+temporary file, flushes it to the disk and renames it; its SHA-256 stands beside it, so that a flipped bit, which
+``torch.load`` does not notice, is found.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import nn
+
+from models.architectures import ModelSpec, build_model
+from utils import all_reduce_max, check_same_everywhere, sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+# Raised by one whenever the content changes in a way that older code cannot read.
+CHECKPOINT_FORMAT = 1
+
+NEWEST = "checkpoint.pth"
+PREVIOUS = "checkpoint_previous.pth"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the text names the file and the reason."""
+
+
+class _HashingFile:
+    """A binary file that hashes what is written. ``torch.save`` reports a full disk only through a Python file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader sees all of it or the one before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; a crash at any instant leaves either the old or the new file, each with its hash.
+
+    Args:
+        content: Tensors and plain values.
+        path: Where to; replaced by rename.
+
+    Raises:
+        OSError: The disk is full or not writable; the old file is untouched.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
+            file.flush()
+            os.fsync(file.fileno())
+        _rename_with_hash(temporary, path, hashing.digest.hexdigest())
+        _sync_folder(path.parent)
+    except RuntimeError as error:  # torch's zip writer wraps the OSError of a failed write
+        raise _disk_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _rename_with_hash(temporary: Path, path: Path, digest: str) -> None:
+    """Move a finished file into place; its hash file names the old and the new content while that is under way."""
+    old = _hash_file(path).read_text() if _hash_file(path).exists() else ""
+    new = f"{digest}  {path.name}\n"
+    write_atomically(_hash_file(path), (old + new).encode())
+    temporary.replace(path)
+    write_atomically(_hash_file(path), new.encode())
+
+
+def _known_digests(path: Path) -> list[str]:
+    """Return the hashes that ``path`` may have: one, or several after a kill in the middle of a rename."""
+    if not _hash_file(path).exists():
+        return []
+    return [line.split()[0] for line in _hash_file(path).read_text().splitlines() if line.strip()]
+
+
+def _disk_error(error: RuntimeError, path: Path) -> Exception:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    if "unexpected pos" in str(error) or "write" in str(error).lower():
+        return OSError(errno.ENOSPC, f"cannot write ({error})", str(path))
+    return error
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name without writing it again; a copy where links are not possible."""
+    digests = _known_digests(source)
+    digest = digests[0] if len(digests) == 1 else sha256_of_file(source)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    _rename_with_hash(temporary, target, digest)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU after comparing its hash.
+
+    Raises:
+        CheckpointError: It is missing, damaged, foreign, of a later format, or holds pickled objects.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint{_near_miss(path)}")
+    known = _known_digests(path)
+    if known and sha256_of_file(path) not in known:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_hash_file(path).name}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            text = "it holds pickled Python objects, which are not loaded because they can run code"
+        raise CheckpointError(f"{path}: not a readable checkpoint: {text}") from None
+    if not isinstance(content, dict) or "model_spec" not in content:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this suite; start from its weights with --weights {path} instead"
+        )
+    if content.get("format", 0) > CHECKPOINT_FORMAT:
+        text = f"its format is {content['format']}, this version reads up to {CHECKPOINT_FORMAT}"
+        raise CheckpointError(f"{path}: {text}; update the suite")
+    return content
+
+
+def rebuild_model(
+    content: dict[str, Any], wanted: ModelSpec | None = None, *, averaged: bool = True
+) -> tuple[nn.Module, ModelSpec]:
+    """Build the checkpoint's own model, with its weights.
+
+    Args:
+        content: Of the checkpoint.
+        wanted: What flags and data ask for: name, classes and keypoints must agree; sizes and the limit of
+            detections are taken from here where it has them.
+        averaged: Take the averaged weights where there are any, as the checkpoint's metrics do; training goes on with
+            the others.
+
+    Raises:
+        CheckpointError: The checkpoint is that of another model; both values are named.
+    """
+    spec = ModelSpec.from_plain(content["model_spec"])
+    if wanted is not None:
+        for what in ("name", "num_classes", "num_keypoints"):
+            if getattr(spec, what) != getattr(wanted, what):
+                raise CheckpointError(
+                    f"the checkpoint's {what} is {getattr(spec, what)}, flags and data ask for {getattr(wanted, what)}"
+                )
+        changed = {
+            name: getattr(wanted, name) for name in ("min_size", "max_size", "detections_per_img", "rpn_score_thresh")
+        }
+        changed = {name: value for name, value in changed.items() if value is not None}
+        spec = dataclasses.replace(spec, skip_resize=wanted.skip_resize, **changed)
+    model = build_model(spec)
+    model.load_state_dict(content["model_ema" if averaged and "model_ema" in content else "model"])
+    return model, spec
+
+
+def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | None:
+    """Return the checkpoint to continue from, the same on all processes; None to start anew.
+
+    After a restart by torchrun the newest one in ``output_dir`` is taken, whatever ``resume`` says.
+    """
+    # After a restart of several machines the one that was brought back counts none: all go by the highest count.
+    restarts = all_reduce_max(torch.tensor([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]))
+    restarted = bool(restarts)
+    if "://" in resume:
+        raise ValueError(f"--resume {resume}: URLs are not fetched; download the file and give its path")
+    if resume == "auto" and output_dir is None:
+        raise ValueError("--resume auto needs an --output-dir to look in")
+    newest = None
+    if output_dir is not None and (resume == "auto" or restarted):
+        newest = find_newest(output_dir / "weights")
+        if newest is None:
+            logger.info("no checkpoint in %s: starting anew", output_dir / "weights")
+    if newest is None and resume not in ("", "auto"):
+        path = Path(resume) / "weights" / NEWEST if Path(resume).is_dir() else Path(resume)
+        newest = path, load_checkpoint(path)
+    if newest is not None:
+        logger.info("continuing from %s", newest[0])
+    elif output_dir is not None and (output_dir / "weights" / NEWEST).exists():
+        logger.warning("%s holds another run, whose files training replaces; --resume auto continues it", output_dir)
+    check_same_everywhere("checkpoint", json.dumps(newest[1]["progress"] if newest else None))
+    return newest[1] if newest else None
+
+
+def _near_miss(path: Path) -> str:
+    """Return a hint where the file lies one folder further down."""
+    below = path.parent / "weights" / path.name
+    return f"; did you mean {below}?" if below.is_file() else ""
+
+
+def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint in ``folder`` that can be read, and its content; None if there is none.
+
+    A damaged one is reported and the newest of the others taken.
+    """
+    groups = [[folder / NEWEST], [folder / PREVIOUS, *(path for _, path in _epoch_files(folder))]]
+    for group in groups:
+        readable = []
+        for path in group:
+            if not path.exists():
+                continue
+            try:
+                readable.append((path, load_checkpoint(path)))
+            except CheckpointError as error:
+                logger.warning("%s; looking for an older one", error)
+        if readable:
+            return max(readable, key=lambda found: _position(found[1]))
+    return None
+
+
+def _position(content: dict[str, Any]) -> tuple[int, int]:
+    progress = content["progress"]
+    return progress["epoch"], progress["batches"]
+
+
+def _epoch_files(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("model_*.pth"):
+        if match := re.fullmatch(r"model_(\d+)\.pth", path.name):
+            yield int(match[1]), path
+
+
+class CheckpointFolder:
+    """The folder a run writes its checkpoints to.
+
+    Args:
+        folder: Created when missing.
+        keep: How many ``model_N.pth`` stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0) -> None:
+        self.folder, self.keep = folder, keep
+        self.last_save_failed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        # A damaged newest one that an earlier run left must not take the place of the good one before it.
+        newest = folder / NEWEST
+        self._newest_is_whole = newest.exists() and sha256_of_file(newest) in _known_digests(newest)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> bool:
+        """Write ``checkpoint.pth``, and after an epoch ``model_N.pth`` and perhaps ``best.pth``.
+
+        A full disk keeps what is there and is reported; training can go on.
+
+        Returns:
+            Whether everything was written.
+        """
+        newest = self.folder / NEWEST
+        try:
+            if self._newest_is_whole:
+                link_checkpoint(newest, self.folder / PREVIOUS)
+            save_checkpoint(content, newest)
+            self._newest_is_whole = True
+            if epoch_done is not None:
+                link_checkpoint(newest, self.folder / f"model_{epoch_done}.pth")
+                self._remove_old()
+            if is_best:
+                link_checkpoint(newest, self.folder / "best.pth")
+            self.last_save_failed = False
+        except OSError as error:
+            self.last_save_failed = True
+            free = shutil.disk_usage(self.folder).free
+            logger.error(
+                "cannot write checkpoint %s: %s (needs %d MB, %d MB free); the one before stays, training goes on",
+                *(newest, error.strerror or error, _size_of(content) >> 20, free >> 20),
+            )
+        return not self.last_save_failed
+
+    def _remove_old(self) -> None:
+        if self.keep <= 0:
+            return
+        for _, path in sorted(_epoch_files(self.folder))[: -self.keep]:
+            path.unlink(missing_ok=True)
+            _hash_file(path).unlink(missing_ok=True)
+
+
+def _size_of(value: Any) -> int:
+    """Return the bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_size_of(v) for v in value.values())
+    return sum(_size_of(v) for v in value) if isinstance(value, (list, tuple)) else 0
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Take the only writer's place in ``folder``; it is given up when the returned file is closed or the process ends.
+
+    A POSIX record lock: forked DataLoader workers do not inherit it.
+
+    Raises:
+        ValueError: Another process writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s: this disk has no locks (%s); let only one run write there", folder, error.strerror)
+            return file
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise ValueError(f"{folder}: another run (process {owner}) writes there; choose another --output-dir") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,59 @@
+"""Evaluations with detections near the ground truth."""
+
+import numpy as np
+
+from coco_eval import CocoEvaluator
+from evaluation.analysis import build_report
+from evaluation.bootstrap import metric_intervals
+from evaluation.detections import Detections
+from evaluation.results_files import PredictionWriter
+from loading.samples import mask_block
+from pixels.masks import EMPTY_BLOCK
+from report.page import publish
+from runtime.run_folder import append_metrics, describe_scores
+from training.evaluate_model import Scored
+
+KINDS = {"mask": ["bbox", "segm"], "keypoint": ["bbox", "keypoints"]}
+
+
+def near_truth(annotations, i, rng, noise):
+    """Return detections of image ``i`` that are its objects, moved, some of another class, and things that are none."""
+    span = annotations.objects(i)
+    classes = np.array([id_ for id_, _ in annotations.categories])
+    ids = annotations.category_ids[span].copy()
+    ids[rng.random(len(ids)) < 0.15] = classes[0]
+    boxes = annotations.boxes_xywh[span] + rng.normal(0, noise, (len(ids), 4))
+    boxes[:, 2:] = boxes[:, 2:].clip(2)
+    points = annotations.keypoints[span].copy()
+    points[:, :, :2] += rng.normal(0, noise, points[:, :, :2].shape)
+    masks = [mask_block(annotations, i, n) for n in range(span.start, span.stop)]
+    scores = rng.beta(4, 2, len(ids))
+    if rng.random() < 0.8:
+        ids = np.r_[ids, rng.choice(classes)]
+        boxes = np.r_[boxes, [[3.0, 4.0, 15.0, 9.0]]]
+        points = np.r_[points, np.full((1, *points.shape[1:]), 5.0)]
+        masks = [*masks, mask_block(annotations, i, span.start)] if len(masks) else [EMPTY_BLOCK]
+        scores = np.r_[scores, rng.beta(2, 4)]
+    return Detections(ids, scores, boxes, masks, points).take(np.argsort(-scores, kind="stable"))
+
+
+def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions=True, **options):
+    """Do what a run does after an epoch, with detections near the ground truth; returns what was scored."""
+    annotations, rng = data.val.annotations, np.random.default_rng(seed)
+    evaluator = CocoEvaluator(annotations, KINDS[task], sigmas=data.sigmas)
+    sizes = {
+        int(id_): (int(h), int(w)) for id_, h, w in zip(annotations.image_ids, annotations.heights, annotations.widths)
+    }
+    writer = PredictionWriter(run_dir, KINDS[task], sizes)
+    for i, image_id in enumerate(sizes):
+        detections = near_truth(annotations, i, rng, noise)
+        evaluator.add(image_id, detections)
+        writer.add([image_id], [detections])
+    writer.close()
+    result = evaluator.compute()
+    scored = Scored(result, build_report(evaluator, result), metric_intervals(evaluator, result))
+    scores = describe_scores(scored)
+    append_metrics(run_dir, epoch, {"loss": 1.0, "lr": 0.1, "seconds": 1.0}, scores)
+    predictions_dir = run_dir if with_predictions else None
+    publish(run_dir, evaluator, scored, data.val, epoch=epoch, predictions_dir=predictions_dir, **options)
+    return evaluator, scored

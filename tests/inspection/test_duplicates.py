@@ -1,0 +1,87 @@
+"""Copies of a picture are found however they were saved; different pictures are not called copies."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from annotations.findings import Findings
+from annotations.record_checks import Rules
+from coco_utils import annotations_from_records
+from inspection.duplicates import find_equal_pairs, fingerprint_images
+
+
+def landscape(seed, size=(90, 120)):
+    """Draw a picture with structure at every scale."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    return coarse.resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def fingerprints(root, names, **options):
+    images = [{"id": k, "file_name": name, "height": 1, "width": 1} for k, name in enumerate(names)]
+    rules = Rules("test", str, str)
+    annotations = annotations_from_records(images, [], [{"id": 1, "name": "thing"}], rules, Findings())
+    return fingerprint_images(annotations, root, np.arange(len(names)), **options)
+
+
+COPIES = {
+    "smaller": lambda im: im.resize((im.width // 2, im.height // 2)),
+    "brighter": lambda im: im.point(lambda v: min(255, int(v * 1.1))),
+    "grey": lambda im: im.convert("L"),
+    "blurred": lambda im: im.filter(ImageFilter.GaussianBlur(1)),
+    "cropped": lambda im: im.crop((1, 1, im.width - 1, im.height - 1)),
+}
+
+
+@pytest.mark.parametrize("change", COPIES)
+def test_a_changed_copy_is_found_and_nothing_else(tmp_path, change):
+    names = [f"{seed}.jpg" for seed in range(8)]
+    for seed, name in enumerate(names):
+        landscape(seed).save(tmp_path / name)
+    COPIES[change](landscape(3)).save(tmp_path / "copy.jpg", quality=50)
+    assert list(find_equal_pairs(fingerprints(tmp_path, [*names, "copy.jpg"]))) == [(8, 3, False)]
+
+
+def test_equal_files_are_told_from_equal_looks_inside_a_split_and_between_two(tmp_path):
+    for name, seed in (("a.png", 0), ("b.png", 1), ("c.png", 0), ("d.png", 2)):
+        landscape(seed).save(tmp_path / name)
+    landscape(1).save(tmp_path / "e.jpg")
+    first = fingerprints(tmp_path, ["a.png", "b.png", "c.png"])
+    assert list(find_equal_pairs(first)) == [(2, 0, True)]
+    assert list(find_equal_pairs(fingerprints(tmp_path, ["d.png", "e.jpg", "c.png"]), first)) == [
+        (1, 1, False),
+        (2, 0, True),
+    ]
+
+
+def test_flat_pictures_and_noise_are_no_copies(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        Image.new("RGB", (40, 40), (60 * k, 10, 10)).save(tmp_path / f"flat{k}.png")
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"noise{k}.png")
+    names = [f"{kind}{k}.png" for kind in ("flat", "noise") for k in range(4)]
+    assert not list(find_equal_pairs(fingerprints(tmp_path, names)))
+
+
+def test_rotated_by_exif_and_16_bit_pictures_are_seen_as_they_are_shown(tmp_path):
+    image = landscape(5)
+    image.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = fingerprints(tmp_path, ["upright.png", "turned.png", "deep.png"])
+    assert [pair[:2] for pair in find_equal_pairs(found)] == [(1, 0), (2, 0)]
+    assert found.orientations.tolist() == [1, 6, 1] and found.modes[2].startswith("I")
+
+
+def test_known_files_are_not_opened_again_until_they_change(tmp_path, monkeypatch):
+    landscape(0).save(tmp_path / "a.png")
+    before = fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("inspection.duplicates._look_at", lambda path: pytest.fail("opened"))
+        again = fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache")
+    assert again.digests == before.digests and (again.thumbnails == before.thumbnails).all()
+    landscape(1).save(tmp_path / "a.png")
+    assert fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache").digests != before.digests

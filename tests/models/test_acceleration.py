@@ -1,0 +1,162 @@
+"""Memory format, compilation, static graph and profile change how a step is carried out, never its results."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.ranks import run_on_ranks
+from models.acceleration import (
+    broadcast_buffers,
+    compile_backbone,
+    distribute,
+    profile_steps,
+    typical_input,
+    use_channels_last,
+)
+from models.architectures import ARCHITECTURES, ModelSpec, build_model
+
+CPU = torch.device("cpu")
+NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
+
+
+LIGHT = ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+
+
+class Detector(nn.Module):
+    """What `compile_backbone` needs of a detector: a backbone that returns named feature maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images):
+        return {"0": self.norm(self.conv(images)).relu()}
+
+
+@pytest.fixture
+def detector():
+    torch.manual_seed(0)
+    return Detector().train()
+
+
+def test_a_compiled_backbone_gives_the_same_and_leaves_no_trace(detector, caplog):
+    caplog.set_level(logging.INFO)
+    before = copy.deepcopy(detector.state_dict())
+    images = torch.rand(2, 3, 16, 16)
+    expected = copy.deepcopy(detector).backbone(images)["0"]
+    assert compile_backbone(detector, torch.zeros(2, 3, 16, 16), None)
+    assert "backbone compiled in" in caplog.text and "instead of" in caplog.text
+    assert list(detector.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert all(p.grad is None for p in detector.parameters())
+    assert torch.allclose(detector.backbone(images)["0"], expected, atol=1e-5)
+
+
+def test_a_backbone_that_cannot_be_compiled_stays_as_it_was(detector, caplog, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand many more lines")
+
+    monkeypatch.setattr(nn.Module, "compile", fail)
+    before = copy.deepcopy(detector.state_dict())
+    assert not compile_backbone(detector, torch.zeros(1, 3, 16, 16), None)
+    assert "stays as it is: no C++ compiler" in caplog.text and "many more" not in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert detector.backbone(torch.rand(1, 3, 16, 16))["0"].shape == (1, 4, 14, 14)
+
+
+def test_channels_last_weights_give_the_same_features(detector):
+    images = torch.rand(2, 3, 16, 16)
+    expected = detector.backbone(images)["0"]
+    use_channels_last(detector)
+    assert detector.backbone.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(detector.backbone(images)["0"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (ModelSpec("ssd300_vgg16", 3), (2, 3, 300, 300)),
+        (ModelSpec("fcos_resnet50_fpn", 3), (2, 3, 800, 1088)),
+        (ModelSpec("fcos_resnet50_fpn", 3, min_size=(100, 200), max_size=240), (2, 3, 224, 256)),
+    ],
+)
+def test_the_typical_input_is_a_batch_after_the_models_resize(spec, shape):
+    assert typical_input(spec, 2, CPU).shape == shape
+
+
+def _targets(spec, empty):
+    boxes = torch.zeros(0, 4) if empty else torch.tensor([[4.0, 6.0, 50.0, 60.0]])
+    target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)}
+    target["masks"] = torch.ones(len(boxes), 80, 80, dtype=torch.uint8)
+    target["keypoints"] = torch.full((len(boxes), spec.num_keypoints, 3), 30.0)
+    return target
+
+
+def _train_in_ddp(rank, world_size, names):
+    """Three steps: all ranks have objects, then one has none, then none has any; returns the parameters' sums."""
+    sums = {}
+    for name in names:
+        sizes = {} if name.startswith("ssd") else {"min_size": (64,), "max_size": 96}
+        spec = ModelSpec(name, 3, num_keypoints=3 if "keypoint" in name else 0, **sizes)
+        torch.manual_seed(0)
+        model = build_model(spec).train()
+        if hasattr(model, "roi_heads"):
+            model.roi_heads.fg_bg_sampler.batch_size_per_image = 32  # for the time
+        for variant in ("static", "plain") if name in LIGHT else ("static",):
+            bare = copy.deepcopy(model)
+            wrapped = distribute(bare, CPU) if variant == "static" else DistributedDataParallel(bare)
+            optimizer = torch.optim.SGD(bare.parameters(), lr=1e-3)
+            for step, empty_on in enumerate([[], [1], [0, 1]]):
+                torch.manual_seed(10 * step + rank)
+                losses = wrapped(list(torch.rand(2, 3, 80, 80)), [_targets(spec, rank in empty_on) for _ in range(2)])
+                sum(losses.values()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            sums[f"{name} {variant}"] = [float(p.double().abs().sum()) for p in bare.parameters()]
+    return sums
+
+
+@pytest.mark.slow
+def test_a_static_graph_holds_for_all_models_with_and_without_objects():
+    first, second = run_on_ranks(2, _train_in_ddp, NINE)
+    for name in NINE:
+        assert first[f"{name} static"] == second[f"{name} static"], name
+    for name in LIGHT:
+        assert first[f"{name} static"] == first[f"{name} plain"], name
+
+
+def _share_buffers(rank, world_size):
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(rank + 1)
+    broadcast_buffers(norm)
+    return norm.running_mean.tolist()
+
+
+def test_all_processes_evaluate_with_the_first_ones_statistics():
+    assert run_on_ranks(2, _share_buffers) == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_profile_names_the_largest_items_and_writes_a_trace(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with profile_steps(2, tmp_path, CPU) as after_step:
+        for _ in range(10):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+            after_step()
+    assert "aten::mm" in caplog.text
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_no_profile_is_no_cost():
+    with profile_steps(0, None, CPU) as after_step:
+        assert after_step() is None

@@ -1,0 +1,119 @@
+"""Every kind of image becomes RGB with its real brightness; broken ones are named."""
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from annotations.image_checks import find_shared_files
+from pixels.images import BadImageError, read_header, read_image
+
+RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def with_orientation(value):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("L", "a.png"), ("P", "a.gif"), ("RGBA", "a.png"), ("LA", "a.png"), ("CMYK", "a.jpg"), ("CMYK", "a.tif")],
+)
+def test_other_colour_modes_keep_their_brightness(tmp_path, mode, name):
+    image = Image.fromarray(RAMP).convert(mode) if mode == "P" else Image.fromarray(RAMP).convert("RGB").convert(mode)
+    pixels = read_image(save(image, tmp_path / name))
+    assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - RAMP[:, :, None]).max() <= 12
+
+
+def test_sixteen_bit_images_are_scaled_not_saturated(tmp_path):
+    deep = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    for name in ("a.png", "a.tif"):
+        pixels = read_image(save(deep, tmp_path / name))
+        assert (pixels == RAMP[:, :, None]).all()
+
+
+def test_one_bit_images_become_black_and_white(tmp_path):
+    image = Image.fromarray((RAMP > 127).astype(np.uint8) * 255).convert("1")
+    assert set(np.unique(read_image(save(image, tmp_path / "a.png")))) == {0, 255}
+
+
+def test_float_images_are_refused_by_name(tmp_path):
+    path = save(Image.fromarray(RAMP.astype(np.float32)), tmp_path / "a.tif")
+    with pytest.raises(BadImageError, match=r"a\.tif.*floating-point"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    image = Image.fromarray(np.repeat(RAMP[:, :, None], 3, axis=2))
+    path = save(image, tmp_path / "a.png", exif=with_orientation(orientation))
+    header, pixels = read_header(path), read_image(path)
+    assert header.orientation == orientation
+    assert pixels.shape[:2] == header.shown_size
+    turned = {3: RAMP[::-1, ::-1], 6: np.rot90(RAMP, -1), 8: np.rot90(RAMP)}
+    if orientation in turned:
+        assert (pixels[:, :, 0] == turned[orientation]).all()
+
+
+def test_coco_files_take_the_orientation_that_fits_their_size(tmp_path):
+    image = Image.fromarray(np.repeat(RAMP[:, :, None], 3, axis=2))
+    turned = save(image, tmp_path / "quarter.png", exif=with_orientation(6))
+    assert read_image(turned, (48, 64), apply_exif=False).shape[:2] == (48, 64)
+    assert read_image(turned, (64, 48), apply_exif=False).shape[:2] == (64, 48)
+    upside_down = save(image, tmp_path / "half.png", exif=with_orientation(3))
+    assert (read_image(upside_down, (48, 64), apply_exif=False)[:, :, 0] == RAMP).all()
+    assert (read_image(upside_down, (48, 64), apply_exif=True)[:, :, 0] == RAMP[::-1, ::-1]).all()
+
+
+def test_another_size_than_annotated_is_refused(tmp_path):
+    path = save(Image.fromarray(RAMP), tmp_path / "a.png")
+    with pytest.raises(BadImageError, match=r"a\.png.*64 x 48.*annotations say 100 x 90"):
+        read_image(path, (90, 100))
+
+
+def test_broken_files_are_refused_by_name(tmp_path):
+    good = save(Image.fromarray(np.repeat(RAMP[:, :, None], 3, axis=2)), tmp_path / "good.jpg").read_bytes()
+    cases = {
+        "empty.jpg": b"",
+        "page.jpg": b"<html>not found</html>",
+        "cut.jpg": good[: len(good) // 2],
+        "header.jpg": good[:20],
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BadImageError, match=name.replace(".", r"\.")):
+            read_image(tmp_path / name)
+    with pytest.raises(BadImageError, match=r"missing\.jpg"):
+        read_header(tmp_path / "missing.jpg")
+
+
+def test_image_bombs_are_refused_before_decoding(tmp_path):
+    path = save(Image.new("1", (12000, 12000)), tmp_path / "bomb.png")
+    for read in (read_header, read_image):
+        with pytest.raises(BadImageError, match=r"bomb\.png.*12000 x 12000"):
+            read(path)
+
+
+def test_one_pixel_and_very_long_images_are_read(tmp_path):
+    for size in ((1, 1), (500, 5)):
+        path = save(Image.new("RGB", size, (1, 2, 3)), tmp_path / "a.png")
+        assert read_image(path).shape == (size[1], size[0], 3)
+
+
+def test_files_that_stand_in_both_splits_are_found(tmp_path):
+    for folder, names in (("train", "abc"), ("val", "xyz")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(f"content of {folder}/{name}".encode())
+    (tmp_path / "val" / "y").write_bytes((tmp_path / "train" / "b").read_bytes())
+    (tmp_path / "val" / "z").write_bytes((tmp_path / "train" / "c").read_bytes()[::-1])  # same size, other bytes
+    train, val = ([tmp_path / folder / name for name in names] for folder, names in (("train", "abc"), ("val", "xyz")))
+    assert find_shared_files(train, val) == [(tmp_path / "train" / "b", tmp_path / "val" / "y")]
+    assert find_shared_files([], val) == []

@@ -1,0 +1,226 @@
+"""What a LazyImage notes down and carries out at the end equals what torchvision does step by step."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from pixels.geometry import View
+from pixels.lazy_image import LazyImage, finish_masks, finish_pixels, render
+from pixels.masks import block_from_mask, paste_blocks
+from presets import build_transforms
+from transforms import FixedSizeCrop, RandomIoUCrop
+
+
+def photo(height=96, width=128, seed=0):
+    """A smooth picture with some texture."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def run(transform, pixels, boxes=None, seed=0):
+    boxes = torch.tensor([[10.0, 10, 60, 50]]) if boxes is None else boxes
+    torch.manual_seed(seed)
+    canvas = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=pixels.shape[:2])
+    return transform(LazyImage.of(pixels), canvas)
+
+
+def chw(pixels):
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def test_a_flip_differs_by_nothing():
+    image, _ = run(v2.RandomHorizontalFlip(1.0), photo())
+    assert (render(image, image.view.place()) == photo()[:, ::-1]).all()
+
+
+def test_flipping_twice_is_the_identity():
+    image, _ = run(v2.Compose([v2.RandomHorizontalFlip(1.0)] * 2), photo())
+    assert image.view == View.of(96, 128)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (200, 300), (97, 31)])
+def test_a_resize_differs_from_pillow_by_one_level_at_most(size):
+    image, _ = run(v2.Resize(list(size)), photo())
+    pixels = render(image, image.view.place()).astype(int)
+    pillow = np.asarray(Image.fromarray(photo()).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(pixels - pillow).max() <= 1
+    assert (pixels != pillow).mean() < 0.02
+
+
+def test_a_resize_without_antialias_is_the_models_own_up_to_rounding():
+    image, _ = run(v2.Resize([50, 50], antialias=False), photo())
+    pixels = render(image, image.view.place()).astype(float)
+    exact = torch.nn.functional.interpolate(chw(photo())[None].float(), size=(50, 50), mode="bilinear")[0]
+    assert np.abs(pixels - exact.permute(1, 2, 0).numpy()).max() <= 1.0
+
+
+def test_crop_and_pad_differ_by_nothing():
+    steps = v2.Compose([v2.Pad([7, 3, 11, 5], fill=[9, 8, 7]), FixedSizeCrop(90, 120), v2.RandomHorizontalFlip(1.0)])
+    for seed in range(5):
+        image, boxes = run(steps, photo(), seed=seed)
+        torch.manual_seed(seed)
+        canvas = tv_tensors.BoundingBoxes([[10.0, 10, 60, 50]], format="XYXY", canvas_size=(96, 128))
+        expected, _ = steps(tv_tensors.Image(chw(photo())), canvas)
+        assert (render(image, image.view.place()) == expected.permute(1, 2, 0).numpy()).all()
+        moved = image.view.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
+        assert np.allclose(moved, boxes.numpy())
+
+
+def test_boxes_follow_any_order_of_operations():
+    """Crop, pad, flip and resize in any order move boxes as torchvision's own kernels do."""
+    steps = [
+        v2.RandomHorizontalFlip(1.0),
+        v2.Pad([8, 4, 12, 16], fill=[1, 2, 3]),
+        v2.Resize([120, 200]),
+        FixedSizeCrop(100, 160),
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = rng.permutation(4)
+        image, boxes = run(v2.Compose([steps[i] for i in order]), photo())
+        moved = image.view.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
+        assert np.abs(moved - boxes.numpy()).max() <= 1.0, order  # half a source pixel is rounded
+
+
+def test_large_scale_jitter_moves_no_edge_by_more_than_half_a_source_pixel():
+    """Against Pillow's resize of the whole picture and a crop afterwards, on a picture that codes its coordinates."""
+    height, width = 96, 128
+    ramp = np.zeros((height, width, 3), dtype=np.uint8)
+    ramp[:, :, 0] = np.arange(width)
+    ramp[:, :, 1] = np.arange(height)[:, None]
+    transform = v2.Compose([v2.ScaleJitter((160, 160), (0.5, 2.0)), FixedSizeCrop(160, 160)])
+    checked = 0
+    for seed in range(30):
+        image, _ = run(transform, ramp, seed=seed)
+        view = image.view
+        got = render(image, view.place()).astype(float)
+        whole = Image.fromarray(ramp).resize(
+            (round(width * view.scale_x), round(height * view.scale_y)), Image.Resampling.BILINEAR
+        )
+        left, top = round(-view.offset_x), round(-view.offset_y)
+        expected = np.asarray(whole.crop((left, top, left + view.width, top + view.height))).astype(float)
+        inner = (slice(3, -3), slice(3, -3))
+        assert np.abs(got - expected)[inner][:, :, :2].max() <= 1.6  # half a source pixel and two roundings
+        checked += view.width < whole.width
+    assert checked >= 5  # some were really cropped
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(48, 64), (210, 333), (96, 128)])
+def test_masks_resized_inside_their_blocks_equal_the_resized_canvas(size, flip):
+    rng = np.random.default_rng(0)
+    masks = np.zeros((6, 96, 128), dtype=np.uint8)
+    for mask in masks:
+        y, x = rng.integers(0, 80), rng.integers(0, 100)
+        mask[y : y + 16, x : x + 28] = rng.random((16, 28))[: 96 - y, : 128 - x] < 0.7
+    steps = v2.Compose([v2.Resize(list(size)), v2.RandomHorizontalFlip(float(flip))])
+    image, _ = run(steps, photo())
+    placement = image.view.place()
+    blocks = [placement.crop_block(block_from_mask(mask)) for mask in masks]
+    small = paste_blocks([placement.resize_block(block) for block in blocks], *size)
+    expected = finish_masks(torch.from_numpy(paste_blocks(blocks, *placement.source_size)), placement)
+    assert (small == expected.numpy()).all()
+    nearest = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], size=size, mode="nearest")[:, 0]
+    assert (small == (nearest.flip(-1) if flip else nearest).numpy()).all()
+
+
+def test_finishing_on_the_device_equals_rendering_in_the_worker():
+    transform = v2.Compose([v2.ScaleJitter((160, 160), (0.3, 2.0)), FixedSizeCrop(160, 160), v2.RandomHorizontalFlip()])
+    for seed in range(10):
+        image, _ = run(transform, photo(), seed=seed)
+        placement = image.view.place()
+        in_worker = render(image, placement).astype(np.float32) / 255
+        part = chw(render(image, placement, resize=False)).float() / 255
+        on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy()
+        assert np.abs(in_worker - on_device).max() <= 1.01 / 255
+
+
+def test_recolouring_on_the_device_equals_rendering_in_the_worker():
+    """The resize is rounded to whole levels in both places; one level there may become eight."""
+    boxes = np.array([[10, 10, 90, 80]], dtype=np.float32)
+    transform = build_transforms("ssd", fixed_size=(60, 60))
+    recoloured = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image = transform(LazyImage.of(photo(), boxes))
+        placement = image.view.place()
+        in_worker = render(image, placement).astype(np.float32)
+        part = chw(render(image, placement, resize=False)).float() / 255
+        on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy() * 255
+        difference = np.abs(in_worker - on_device)
+        assert difference.max() <= 8 and difference.mean() <= 0.5
+        assert np.abs(on_device - on_device.round()).max() < 1e-3  # whole levels, as uint8 pictures have
+        recoloured += bool(placement.colour_ops)
+    assert recoloured >= 10
+
+
+def test_no_strip_of_the_fill_colour_stays_where_an_enlarged_picture_is_cropped():
+    transform = v2.Compose([v2.ScaleJitter((160, 160), (1.2, 2.0)), FixedSizeCrop(160, 160), v2.RandomHorizontalFlip()])
+    for seed in range(30):
+        image, _ = run(transform, photo(), seed=seed)
+        assert image.view.place().fills_canvas
+
+
+def test_an_operation_without_a_kernel_fails_instead_of_using_stale_pixels():
+    with pytest.raises((RuntimeError, AttributeError, ValueError)):
+        blurred = v2.GaussianBlur(3)(LazyImage.of(photo()))
+        render(blurred, blurred.view.place())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_colour_changes_are_torchvisions_within_a_bound(seed):
+    """Stated bound against the whole picture step by step: 4 levels at most, one on average."""
+    torch.manual_seed(seed)
+    params = v2.RandomPhotometricDistort().make_params([chw(photo(seed=seed))])
+    plain = v2.RandomPhotometricDistort().transform(chw(photo(seed=seed)), params)
+    noted = v2.RandomPhotometricDistort().transform(LazyImage.of(photo(seed=seed)), params)
+    got = render(noted, noted.view.place()).astype(int)
+    difference = np.abs(got - plain.permute(1, 2, 0).numpy().astype(int))
+    assert difference.max() <= 4
+    assert difference.mean() <= 1.0
+
+
+def test_hue_alone_equals_torchvision_up_to_rounding():
+    for shift in (-0.05, 0.02, 0.05):
+        noted = tvf.adjust_hue(LazyImage.of(photo()), shift)
+        got = render(noted, noted.view.place()).astype(int)
+        plain = tvf.adjust_hue(chw(photo()), shift).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(got - plain).max() <= 1
+
+
+def test_iou_crop_has_the_distribution_of_torchvisions():
+    """Share of whole images, mean crop area and share of kept boxes over many draws, against v2's own class."""
+    boxes = torch.tensor([[5.0, 5, 40, 60], [50, 20, 120, 90], [70, 60, 90, 80]])
+    canvas = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(96, 128))
+
+    def figures(transform, inputs, draws):
+        whole, areas, kept = 0, [], []
+        for _ in range(draws):
+            params = transform.make_params(inputs)
+            whole += not params
+            if params:
+                areas.append(params["height"] * params["width"] / (96 * 128))
+                kept.append(float(params["is_within_crop_area"].float().mean()))
+        return np.array([whole / draws, np.mean(areas), np.mean(kept)])
+
+    torch.manual_seed(0)
+    ours = figures(RandomIoUCrop(), [canvas], 3000)
+    theirs = figures(v2.RandomIoUCrop(), [tv_tensors.Image(chw(photo())), canvas], 1500)
+    assert np.abs(ours - theirs).max() < 0.04, (ours, theirs)
+
+
+def test_iou_crop_leaves_images_without_boxes_whole():
+    image, _ = run(RandomIoUCrop(), photo(), boxes=torch.zeros(0, 4))
+    assert image.view == View.of(96, 128)
+
+
+def test_keypoints_leave_with_visibility_zero_and_swap_in_a_mirror():
+    view = View.of(96, 128).crop(10, 20, 50, 60).flip()
+    points = np.array([[[25.0, 15, 2], [79.5, 59.5, 1], [10, 15, 2], [30, 30, 0]]], dtype=np.float32)
+    moved = view.place().move_keypoints(points, np.array([1, 0, 2, 3]))
+    assert moved[0].tolist() == [[0, 49.5, 1], [60 - 1 - 5, 5, 2], [0, 0, 0], [0, 0, 0]]

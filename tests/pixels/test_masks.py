@@ -1,0 +1,86 @@
+"""Masks inside their boxes are pycocotools' masks."""
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_util
+
+from pixels.masks import (
+    area_of_polygons,
+    block_from_mask,
+    block_from_polygons,
+    block_from_rle,
+    compress_rle,
+    paste_blocks,
+    run_lengths,
+)
+
+
+def random_polygons(rng, height, width):
+    polygons = []
+    for _ in range(rng.integers(1, 4)):
+        centre = rng.uniform(-10, (width + 10, height + 10))
+        points = centre + rng.uniform(-1, 1, (rng.integers(3, 20), 2)) * rng.uniform(0.5, 80)
+        kind = rng.integers(4)
+        if kind == 0:
+            points = np.clip(points, 0, (width, height))
+        elif kind == 1:
+            points = np.round(points)
+        elif kind == 2:
+            points = np.round(points) + 0.5
+        polygons.append(points.reshape(-1))
+    return polygons
+
+
+def test_polygon_blocks_equal_pycocotools_on_thousands_of_random_polygons():
+    rng = np.random.default_rng(0)
+    different = 0
+    for _ in range(4000):
+        height, width = (int(v) for v in rng.integers(5, 200, 2))
+        polygons = random_polygons(rng, height, width)
+        rles = mask_util.frPyObjects([p.tolist() for p in polygons], height, width)
+        expected = mask_util.decode(mask_util.merge(rles))
+        block = block_from_polygons(polygons, height, width)
+        different += int((paste_blocks([block], height, width)[0] != expected).any())
+    assert different == 0
+
+
+def test_a_block_is_no_larger_than_its_polygon_needs():
+    block = block_from_polygons([np.array([50.0, 60, 70, 60, 70, 90, 50, 90])], 480, 640)
+    assert block.pixels.shape[0] <= 33 and block.pixels.shape[1] <= 23
+    assert int(block.pixels.sum()) == 20 * 30
+
+
+@pytest.mark.parametrize("polygons", [[], [np.array([-50.0, -50, -40, -50, -40, -40])]])
+def test_nothing_inside_the_image_gives_an_empty_mask(polygons):
+    block = block_from_polygons(polygons, 20, 30)
+    assert paste_blocks([block], 20, 30).sum() == 0
+
+
+def test_rle_blocks_equal_pycocotools():
+    rng = np.random.default_rng(1)
+    for density in (0.0, 0.01, 0.5, 1.0):
+        mask = np.asfortranarray((rng.random((37, 51)) < density).astype(np.uint8))
+        counts = mask_util.encode(mask)["counts"]
+        block = block_from_rle(counts, 37, 51)
+        assert (paste_blocks([block], 37, 51)[0] == mask).all()
+        assert (paste_blocks([block_from_mask(mask)], 37, 51)[0] == mask).all()
+        assert sum(run_lengths(counts)) == 37 * 51
+
+
+def test_both_spellings_of_run_lengths_compress_to_the_same_bytes():
+    mask = np.zeros((10, 12), dtype=np.uint8, order="F")
+    mask[2:5, 3:9] = 1
+    counts = mask_util.encode(mask)["counts"]
+    uncompressed = {"size": [10, 12], "counts": run_lengths(counts)}
+    assert compress_rle(uncompressed, 10, 12) == counts
+    assert compress_rle({"size": [10, 12], "counts": counts.decode()}, 10, 12) == counts
+
+
+def test_area_of_polygons_is_the_number_of_pixels():
+    square = np.array([10.0, 10, 20, 10, 20, 20, 10, 20])
+    assert area_of_polygons([square, square + 5], 50, 50) == 100 + 100 - 25
+
+
+def test_cut_off_run_lengths_are_refused():
+    with pytest.raises(ValueError, match="end within a number"):
+        run_lengths(b"o")

@@ -1,0 +1,254 @@
+"""Checkpoints are whole or absent, hashed, and refused in one line when they are not what they should be."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.contents import content
+from helpers.drawn import ROOT
+from runtime.checkpoint import (
+    NEWEST,
+    PREVIOUS,
+    CheckpointError,
+    CheckpointFolder,
+    find_newest,
+    load_checkpoint,
+    lock_folder,
+    open_checkpoint,
+    save_checkpoint,
+)
+
+
+def test_what_is_saved_is_loaded_and_its_hash_stands_beside(tmp_path):
+    path = tmp_path / NEWEST
+    save_checkpoint(content(3), path)
+    assert torch.equal(load_checkpoint(path)["model"]["w"], torch.full((10,), 3.0))
+    done = subprocess.run(["sha256sum", "-c", f"{NEWEST}.sha256"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [NEWEST, f"{NEWEST}.sha256"]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / NEWEST
+    save_checkpoint(content(1, size=1000), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged: its SHA-256 is not the one in checkpoint\.pth\.sha256"):
+        load_checkpoint(path)
+
+
+def test_the_newest_readable_one_is_found(tmp_path, caplog):
+    folder = CheckpointFolder(tmp_path)
+    for epoch in range(3):
+        folder.save(content(epoch + 1), epoch_done=epoch)
+    folder.save(content(3, batches=4))
+    path, found = find_newest(tmp_path)
+    assert path.name == NEWEST and found["progress"]["batches"] == 4
+    path.write_bytes(b"")
+    path, found = find_newest(tmp_path)
+    assert found["progress"] == {"epoch": 3, "batches": 0, "updates": 0}
+    assert "looking for an older one" in caplog.text
+    for name in (PREVIOUS, "model_2.pth"):
+        (tmp_path / name).write_bytes(b"x")
+    assert find_newest(tmp_path)[0].name == "model_1.pth"
+    assert find_newest(tmp_path / "empty") is None
+
+
+def test_old_epochs_are_removed_with_their_hashes(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch in range(12):
+        folder.save(content(epoch), epoch_done=epoch, is_best=epoch == 1)
+    names = sorted(p.name for p in tmp_path.glob("*.pth"))
+    assert names == ["best.pth", NEWEST, PREVIOUS, "model_10.pth", "model_11.pth"]
+    assert all((tmp_path / f"{name}.sha256").exists() for name in names)
+    assert len(list(tmp_path.glob("*.sha256"))) == len(names)
+    assert load_checkpoint(tmp_path / "best.pth")["progress"]["epoch"] == 1
+
+
+def killed_between_hash_and_rename(path):
+    """Leave a folder as a SIGKILL does after the hash file was written and before the checkpoint was renamed."""
+    hashes = path.with_name(path.name + ".sha256")
+    hashes.write_text(hashes.read_text() + f"{'0' * 64}  {path.name}\n")
+
+
+def test_a_second_kill_in_the_middle_of_a_rename_loses_nothing(tmp_path):
+    CheckpointFolder(tmp_path).save(content(1))
+    killed_between_hash_and_rename(tmp_path / NEWEST)
+    assert load_checkpoint(tmp_path / NEWEST)["progress"]["epoch"] == 1
+    CheckpointFolder(tmp_path).save(content(2))
+    assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == 1
+    for epoch in (3, 4):
+        killed_between_hash_and_rename(tmp_path / NEWEST)
+        killed_between_hash_and_rename(tmp_path / NEWEST)
+        CheckpointFolder(tmp_path).save(content(epoch))
+        assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == epoch - 1
+
+
+def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path):
+    for epoch in (1, 2):
+        CheckpointFolder(tmp_path).save(content(epoch))
+    (tmp_path / NEWEST).write_bytes(b"damaged")
+    assert find_newest(tmp_path)[1]["progress"]["epoch"] == 1
+    CheckpointFolder(tmp_path).save(content(3))
+    assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == 1
+
+
+def test_a_lost_hash_file_does_not_end_the_saving(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.save(content(1))
+    (tmp_path / f"{NEWEST}.sha256").unlink()
+    assert CheckpointFolder(tmp_path).save(content(2))
+    assert load_checkpoint(tmp_path / NEWEST)["progress"]["epoch"] == 2
+
+
+def test_stale_temporary_files_are_swept(tmp_path):
+    (tmp_path / "checkpoint.pth.123.tmp").write_bytes(b"half")
+    CheckpointFolder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path, caplog):
+    """A file-size limit stands in for the full disk: the write fails in the middle of the file."""
+    script = f"""
+import resource, signal, sys, logging
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+logging.basicConfig(level="INFO")
+from pathlib import Path
+from runtime.checkpoint import *
+from helpers.contents import content
+folder = CheckpointFolder(Path({str(tmp_path)!r}))
+assert folder.save(content(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+assert not folder.save(content(2, size=100000))
+assert folder.last_save_failed
+print(load_checkpoint(Path({str(tmp_path)!r}) / "checkpoint.pth")["progress"]["epoch"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1"
+    assert "cannot write checkpoint" in done.stderr and "MB free" in done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+BROKEN = {
+    "empty": b"",
+    "zeros": bytes(5000),
+    "page": b"<html><body>404</body></html>",
+    "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "text": b"hello",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_in_one_line(tmp_path, name):
+    path = tmp_path / "c.pth"
+    path.write_bytes(BROKEN[name])
+    with pytest.raises(CheckpointError, match=r"c\.pth: not a readable checkpoint") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "c.pth"
+    torch.save(content(size=10000), path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+class Pickled:
+    def __init__(self, call, *arguments):
+        self.state = call, arguments
+
+    def __reduce__(self):
+        return self.state
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Pickled(os.system, "touch /tmp/owned"),
+        Pickled(eval, "1 + 1"),
+        Pickled(__import__, "os"),
+        Pickled(open, "/tmp/owned", "w"),
+        Pickled(getattr, "text", "upper"),
+    ],
+    ids=["os.system", "eval", "import", "open", "getattr"],
+)
+def test_malicious_checkpoints_are_refused(tmp_path, evil):
+    path = tmp_path / "evil.pth"
+    torch.save({**content(), "args": evil}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.pth.*pickled Python objects.*can run code"):
+        load_checkpoint(path)
+    assert not Path("/tmp/owned").exists()
+
+
+def test_urls_are_not_fetched(tmp_path):
+    with pytest.raises(ValueError, match="--resume http://host/a.pth: URLs are not fetched; download the file"):
+        open_checkpoint("http://host/a.pth", tmp_path)
+
+
+def test_foreign_and_later_checkpoints_are_named(tmp_path):
+    path = tmp_path / "c.pth"
+    torch.save({"model": {}, "optimizer": {}}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this suite; start from its weights with --weights"):
+        load_checkpoint(path)
+    torch.save({**content(), "format": 99}, path)
+    with pytest.raises(CheckpointError, match="its format is 99"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_gets_a_hint(tmp_path):
+    (tmp_path / "weights").mkdir()
+    save_checkpoint(content(), tmp_path / "weights" / NEWEST)
+    with pytest.raises(CheckpointError, match=r"no such checkpoint; did you mean .*weights/checkpoint\.pth"):
+        load_checkpoint(tmp_path / NEWEST)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    lock = lock_folder(tmp_path)
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.checkpoint import *; lock_folder(Path({str(tmp_path)!r}))"
+    second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert f"another run (process {os.getpid()}) writes there" in second.stderr
+    lock.close()
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+SAVE_LOOP = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from runtime.checkpoint import *
+from helpers.contents import content
+folder = CheckpointFolder(Path({folder!r}))
+print("ready", flush=True)
+step = 0
+while True:
+    step += 1
+    folder.save(content(step, size=200_000), epoch_done=step % 3)
+"""
+
+
+@pytest.mark.slow
+def test_no_kill_inside_a_save_loses_the_checkpoint(tmp_path):
+    """SIGKILL at random instants of a save loop; the newest must always load. The long run is in tests/faults/matrix.py."""
+    lost = 0
+    for attempt in range(6):
+        script = SAVE_LOOP.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.3 + 0.041 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        try:
+            load_checkpoint(tmp_path / NEWEST)
+        except CheckpointError:
+            lost += 1
+    assert lost == 0

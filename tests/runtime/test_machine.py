@@ -1,0 +1,279 @@
+"""Limits, waiting and signals: nothing hangs without a word, and one process alone opens no port."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import train
+from faults.jobs import lives, loading_processes
+from helpers.drawn import ROOT
+from helpers.runs import QUICK, run
+from loading import loaders
+from runtime import machine
+from runtime.machine import HangWatch, check_shared_memory, explain_failure
+from utils import _name_attempt
+
+pytestmark = pytest.mark.usefixtures("restore_process")
+
+SSDLITE = ["--model", "ssdlite320_mobilenet_v3_large", "--batch-size", "2", "--output-dir", "", "--eval-every", "0"]
+
+
+def name_attempt_on_threads(port, world_size, delays):
+    """Return what every rank calls the attempt; rank r joins ``delays[r]`` seconds late."""
+    names = [None] * world_size
+
+    def join(rank):
+        time.sleep(delays[rank])
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        names[rank] = _name_attempt(store, rank, world_size)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return names
+
+
+def test_attempts_in_one_store_never_share_a_name():
+    """The store outlives its processes, and some of an attempt may die before they have met."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = []
+    for attempt in range(5):
+        delays = [0.1 * ((attempt + rank) % 3) for rank in range(3)]
+        found = name_attempt_on_threads(server.port, 3, delays)
+        assert None not in found and len(set(found)) == 1
+        names.append(found[0])
+        # Left behind by processes of another attempt that died half way.
+        server.set("token/1", f"dead{attempt}")
+        if attempt % 2:
+            server.set("roll", f"dead0 dead{attempt} dead2")
+    assert len(set(names)) == 5
+
+
+def test_the_limit_of_open_files_is_raised():
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048)); from runtime import machine; "
+        "machine.prepare_process(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "(2048, 2048)", done.stderr
+
+
+def test_little_shared_memory_is_announced_with_what_to_do(caplog):
+    check_shared_memory(1 << 10, 4)
+    assert not caplog.records
+    check_shared_memory(1 << 50, 0)
+    assert not caplog.records
+    check_shared_memory(1 << 50, 4)
+    assert "/dev/shm has" in caplog.text and "--shm-size" in caplog.text and "--workers" in caplog.text
+
+
+def listening_sockets():
+    """Return this process's sockets that anyone could connect to."""
+    inodes = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    listening = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and fields[3] in ("0A", "07"):
+                listening.append(line)
+    return listening
+
+
+def test_one_process_opens_no_port(drawn_coco, monkeypatch):
+    seen = []
+    wrapped = train.train_epochs
+
+    def look(*args, **kwargs):
+        kwargs["on_losses"] = lambda progress, losses: seen.append(listening_sockets())
+        return wrapped(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_epochs", look)
+    assert run(*QUICK, *SSDLITE, "--data-path", drawn_coco, "--workers", "1") == 0
+    assert seen and not any(seen)
+
+
+def test_the_look_for_ports_can_fail():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        assert len(listening_sockets()) == 1
+
+
+def train_and_disturb(monkeypatch, drawn_coco, disturb):
+    """Train with one loading process and call ``disturb`` before the second step."""
+    wrapped = train.train_epochs
+
+    def disturbed(*args, **kwargs):
+        kwargs["on_losses"] = lambda progress, losses: disturb() if progress.updates == 1 else None
+        return wrapped(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_epochs", disturbed)
+    return run(*QUICK, *SSDLITE, "--data-path", drawn_coco, "--workers", "1", "--epochs", "20")
+
+
+def train_without_loader(root):
+    """Kill the loading process of a run after its first update; returns the exit code. For a process of its own."""
+    epochs = train.train_epochs
+
+    def kill_loader(progress, losses):
+        if progress.updates == 1:
+            for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+
+    train.train_epochs = lambda *args, **kwargs: epochs(*args, **{**kwargs, "on_losses": kill_loader})
+    return run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20")
+
+
+def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_safeguards as tests; "
+    script += f"tests.train.end_process(tests.train_without_loader({str(drawn_coco)!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 1
+    assert "a loading process has died" in done.stderr and "--workers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_does_not_wait_for_a_stuck_loading_process():
+    script = f"""
+import multiprocessing, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+batches = iter(torch.utils.data.DataLoader(list(range(8)), num_workers=1, persistent_workers=True))
+next(batches)
+for child in multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGSTOP)
+print("done", child.pid)
+train.end_process(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("done")
+    pid = int(done.stdout.split()[1])
+    end = time.time() + 5
+    while lives(pid) and time.time() < end:
+        time.sleep(0.05)
+    assert not lives(pid)
+
+
+def test_a_slow_loading_process_ends_the_run_with_advice(drawn_coco, monkeypatch, capsys):
+    monkeypatch.setattr(loaders, "WORKER_TIMEOUT_SECONDS", 1)
+    read = loaders.DetectionDataset.__getitem__
+
+    def stuck(self, item):
+        if item[0] == 1:
+            time.sleep(6)
+        return read(self, item)
+
+    monkeypatch.setattr(loaders.DetectionDataset, "__getitem__", stuck)
+    assert train_and_disturb(monkeypatch, drawn_coco, lambda: None) == 1
+    error = capsys.readouterr().err
+    assert "DataLoader timed out after 1 seconds" in error and "--resume auto" in error and "Traceback" not in error
+
+
+def test_a_bad_image_in_a_loading_process_is_one_line(drawn_coco, monkeypatch, capsys):
+    def spoil():
+        for path in (drawn_coco / "train2017").iterdir():
+            path.write_bytes(path.read_bytes()[:100])
+
+    assert train_and_disturb(monkeypatch, drawn_coco, spoil) == 1
+    error = capsys.readouterr().err
+    assert "cannot decode the image" in error and "train2017" in error and len(error.splitlines()) == 1
+
+
+MESSAGES = {
+    "received 0 items of ancdata": "ulimit -n",
+    "[Errno 24] Too many open files": "ulimit -n",
+    "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:36266": "--resume auto",
+    "Application timeout caused pair closure": "another process of this run",
+    "DataLoader worker (pid 7) is killed by signal: Bus error.": "/dev/shm",
+}
+
+
+@pytest.mark.parametrize("text", MESSAGES)
+def test_failures_of_the_machine_are_explained(text):
+    assert MESSAGES[text] in explain_failure(RuntimeError(text))
+    assert "\n" not in explain_failure(RuntimeError(text))
+
+
+def test_other_errors_keep_their_traceback():
+    assert explain_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explain_failure(KeyError("boxes")) is None
+
+
+def test_a_process_without_progress_prints_its_stacks_and_ends():
+    script = (
+        "import time\nfrom runtime import machine\nmachine.HANG_SECONDS = 1\nwatch = machine.HangWatch()\nwatch.alive()\n"
+        "def stuck_in_here():\n    time.sleep(60)\nstuck_in_here()"
+    )
+    begun = time.time()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and "stuck_in_here" in done.stderr and time.time() - begun < 50
+
+
+def test_a_watch_that_ended_lets_the_process_be(monkeypatch):
+    monkeypatch.setattr(machine, "HANG_SECONDS", 1)
+    watch = HangWatch()
+    watch.alive()
+    watch.end()
+    time.sleep(1.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_loading_processes_outlive_a_signal_to_the_whole_job(drawn_coco, tmp_path, number):
+    """A scheduler signals all processes of a job; the checkpoint is written and the run ends with 0."""
+    flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--device", "cpu", "--workers", "1"]
+    flags += ["--batch-size", "2", "--epochs", "50", "--eval-every", "0", "--print-freq", "1", "--output-dir", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("Epoch: [0] [2/"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    os.killpg(process.pid, number)
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "asked to stop: " in rest
+    assert (tmp_path / "weights" / "checkpoint.pth").exists()
+
+
+def test_a_stop_ends_an_evaluation_alone(drawn_coco, tmp_path, monkeypatch, capsys):
+    """--test-only looks for the wish to stop too."""
+    from training import evaluate_model
+
+    seen = []
+
+    def stopped(*args, stop, **kwargs):
+        seen.append(stop)
+
+    assert run(*QUICK, *SSDLITE[:4], "--data-path", drawn_coco, "--output-dir", tmp_path, "--eval-every", "0") == 0
+    monkeypatch.setattr(evaluate_model, "evaluate", stopped)
+    flags = ["--test-only", "--resume", tmp_path / "weights" / "checkpoint.pth"]
+    assert run(*QUICK, *SSDLITE, "--data-path", drawn_coco, *flags) == 0
+    assert len(seen) == 1 and seen[0] is not None
+
+
+def test_a_low_limit_is_not_lowered():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    machine.prepare_process()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
+    assert loading_processes(os.getpid()) == []

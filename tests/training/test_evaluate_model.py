@@ -1,0 +1,60 @@
+"""Each of the nine models scores the same digits on one and on three processes, and in any workers' hands."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from coco_eval import CocoEvaluator
+from helpers.ranks import run_on_ranks
+from helpers.shaken import shake
+from loading.loaders import build_val_loader
+from loading.splits import Data, Source, Split, load_data
+from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from training.evaluate_model import Evaluation, score_model
+from utils import Distributed
+
+NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
+NUM_IMAGES = 5  # not the same number for each of three processes
+
+
+def first_images(data):
+    """Cut the validation split down."""
+    val = data.val
+    few = Split(val.name, val.annotations, val.images, val.indices[:NUM_IMAGES], val.skeleton)
+    return Data(None, few, data.label_map, data.flip_order, data.sigmas)
+
+
+def _score(rank, world_size, root, folder):
+    """Return every figure of every model, and the bytes of its results files on the first process."""
+    multiprocessing.set_start_method("fork", force=True)  # for loading processes, as in a run of its own
+    here = Distributed(rank, rank, world_size, torch.device("cpu"))
+    found = {}
+    for name in NINE:
+        task = ARCHITECTURES[name].task
+        source = Source("coco_kp" if task == "keypoint" else "coco", Path(root), cache_dir=Path(folder) / "cache")
+        data = first_images(load_data(source, task, test_only=True))
+        sizes = {} if name.startswith("ssd") else {"min_size": (96,), "max_size": 160}
+        spec = ModelSpec(name, data.label_map.num_classes, data.num_keypoints if task == "keypoint" else 0, **sizes)
+        torch.manual_seed(0)
+        model = build_model(spec)
+        shake(model)
+        loader = build_val_loader(data, here, batch_size=1, workers=int(world_size > 1))
+        evaluator = CocoEvaluator(data.val.annotations, spec.iou_types, indices=data.val.indices, sigmas=data.sigmas)
+        out = Path(folder) / name
+        scored = score_model(model, Evaluation(loader, evaluator, data.label_map), predictions_dir=out)
+        files = {p.name: p.read_text() for p in sorted(out.glob("predictions_*.json"))} if rank == 0 else None
+        found[name] = scored.result.metrics, scored.result.per_class, files
+    return found
+
+
+@pytest.mark.slow
+def test_nine_models_score_the_same_on_any_number_of_processes(tiny_coco, tmp_path):
+    alone = run_on_ranks(1, _score, tiny_coco, tmp_path / "1")[0]
+    for name, (metrics, _, files) in alone.items():
+        assert len(files) == len(metrics) and all(len(text) > 1000 for text in files.values()), name
+    ranks = run_on_ranks(3, _score, tiny_coco, tmp_path / "3")
+    for name in NINE:
+        assert ranks[0][name] == alone[name], name
+        assert all(found[name][:2] == alone[name][:2] for found in ranks), name

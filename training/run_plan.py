@@ -1,0 +1,220 @@
+"""What a run is going to do, before it does it; and a rehearsal of its most expensive step."""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from group_by_aspect_ratio import GroupedBatchSampler
+from loading.collate import unpack
+from loading.loaders import DeviceLoader
+from optimization.optimizer import LearningRate, update_parameters
+from training.epochs import TrainingState
+from utils import peak_memory_mb
+
+# Steps of a rehearsal that are timed, after one that warms up.
+REHEARSED_STEPS = 2
+
+# Classes that the plan names; the rarest are what a user must know of.
+MAX_CLASSES = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a run that a plan speaks of.
+
+    Attributes:
+        state: With the start weights.
+        loader: For training.
+        learning_rate: Of every update.
+        accumulate: Steps per update.
+        output_dir: Of the run, or None.
+        keep_checkpoints: How many checkpoints stay; 0: one per epoch.
+    """
+
+    state: TrainingState
+    loader: DeviceLoader
+    learning_rate: LearningRate
+    accumulate: int
+    output_dir: Path | None
+    keep_checkpoints: int
+
+    @property
+    def sampler(self) -> GroupedBatchSampler:
+        """Of the training batches."""
+        assert isinstance(self.loader.batch_sampler, GroupedBatchSampler)
+        return self.loader.batch_sampler
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates per epoch."""
+        steps = -(-self.sampler.num_batches // self.sampler.world_size)
+        return -(-steps // self.accumulate)
+
+    def checkpoint_bytes(self) -> int:
+        """Return about how large a checkpoint becomes: weights, their average, and the optimizer's state."""
+        weights = sum(v.numel() * v.element_size() for v in self.state.model.state_dict().values())
+        trained = sum(
+            p.numel() * p.element_size() for group in self.state.optimizer.param_groups for p in group["params"]
+        )
+        moments = 2 if isinstance(self.state.optimizer, torch.optim.AdamW) else 1
+        return weights * (2 if self.state.average is not None else 1) + trained * moments
+
+    def describe(self) -> str:
+        """Return the plan, a line per subject."""
+        rows = {
+            "data": self._data(),
+            "classes": self._classes(),
+            "batches": self._batches(),
+            "rate": describe_rate(self.learning_rate),
+            "model": self._model(),
+            "saved": self._saved(),
+        }
+        return "plan\n" + "\n".join(f"  {name:<8} {text}" for name, text in rows.items() if text)
+
+    def _data(self) -> str:
+        train, val = self.state.data.train, self.state.data.val
+        assert train is not None
+        kept, usable, all_images = len(self.loader.dataset), len(train.indices), len(train.annotations)
+        dropped = []
+        if all_images > usable:
+            dropped.append(f"{all_images - usable} unusable")
+        if usable > kept:
+            dropped.append(f"{usable - kept} without objects to train on")
+        left_out = f" ({', '.join(dropped)} left out)" if dropped else ""
+        return f"trains on {kept} of {all_images} images{left_out}, is scored on {len(val.indices)}"
+
+    def _classes(self) -> str:
+        train = self.state.data.train
+        assert train is not None
+        used = np.zeros(len(train.annotations), dtype=bool)
+        used[self.loader.dataset.indices] = True
+        of_used = used[train.annotations.object_images()] & ~train.annotations.is_crowd
+        ids = train.annotations.category_ids[of_used]
+        counts = {name: int((ids == id_).sum()) for id_, name in train.annotations.categories}
+        by_count = sorted(counts.items(), key=lambda item: -item[1])
+        shown = by_count
+        if len(by_count) > MAX_CLASSES:
+            half = MAX_CLASSES // 2
+            shown = [*by_count[:half], ("...", -1), *by_count[-half:]]
+        text = ", ".join(name if count < 0 else f"{name} {count}" for name, count in shown)
+        return f"{len(counts)} with {len(ids)} objects: {text}"
+
+    def _batches(self) -> str:
+        sampler = self.sampler
+        images = sampler.batch_size * sampler.world_size * self.accumulate
+        parts = f"{sampler.batch_size} per process x {sampler.world_size} process(es) x {self.accumulate} step(s)"
+        groups = len(np.unique(sampler.groups))
+        epochs = self.learning_rate.epochs
+        return (
+            f"{images} images per update ({parts}) from {groups} group(s) of similar shape; "
+            f"{self.updates_per_epoch} updates per epoch, {self.updates_per_epoch * epochs} in {epochs} epochs"
+        )
+
+    def _model(self) -> str:
+        total = sum(p.numel() for p in self.state.model.parameters())
+        trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        frozen = [name for name, p in self.state.model.named_parameters() if not p.requires_grad]
+        parts = sorted({".".join(name.split(".")[:3]) for name in frozen})
+        text = f"{self.state.spec.name}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+        if parts:
+            text += f"; frozen: {', '.join(parts)}"
+        return text + ("; batch norms are constants" if self.state.spec.frozen_norm else "")
+
+    def _saved(self) -> str:
+        if self.output_dir is None:
+            return "nothing (no --output-dir)"
+        size, free = self.checkpoint_bytes(), free_bytes(self.output_dir)
+        files = (self.keep_checkpoints or self.learning_rate.epochs) + 2  # the best one, and one while it is written
+        text = (
+            f"{self.output_dir}: checkpoints of {size >> 20} MB, {files * size >> 20} MB in all, {free >> 20} MB free"
+        )
+        return text + (" - NOT ENOUGH" if free < files * size else "")
+
+    def check_output(self) -> None:
+        """Raise ValueError where the output folder cannot be written or cannot take two checkpoints."""
+        if self.output_dir is None:
+            return
+        folder = existing_parent(self.output_dir)
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{self.output_dir}: cannot be written to; choose another --output-dir")
+        needed, free = 2 * self.checkpoint_bytes(), free_bytes(self.output_dir)
+        if free < needed:
+            raise ValueError(
+                f"{self.output_dir}: two checkpoints need {needed >> 20} MB, {free >> 20} MB are free; "
+                "make room or choose another --output-dir"
+            )
+
+
+def describe_rate(learning_rate: LearningRate) -> str:
+    """Return the learning rate's course in words."""
+    text = f"{learning_rate.base:g} after {learning_rate.warmup_iters} warm-up updates"
+    if learning_rate.scheduler == "cosineannealinglr":
+        return f"{text}, down to 0 along a cosine over {learning_rate.epochs} epochs"
+    inside = [epoch for epoch in sorted(learning_rate.milestones) if epoch < learning_rate.epochs]
+    if not inside:
+        return f"{text}, constant over {learning_rate.epochs} epochs"
+    return f"{text}, times {learning_rate.gamma:g} at epoch(s) {' '.join(map(str, inside))} of {learning_rate.epochs}"
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return ``folder``, or the first folder above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space where ``folder`` is or will be."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Return the batch whose pictures, padded to a common size, are largest.
+
+    Args:
+        batches: Indices of pictures, [number of batches, batch size].
+        heights: Of the pictures.
+        widths: Of the pictures.
+    """
+    padded = heights[batches].max(axis=1).astype(np.int64) * widths[batches].max(axis=1)
+    return batches[int(np.argmax(padded))]
+
+
+def rehearse(plan: Plan, model: nn.Module, amp_dtype: torch.dtype | None) -> str:
+    """Train on the batch that takes most memory, and return what it took; the weights are not the same afterwards.
+
+    Args:
+        plan: Of the run.
+        model: ``plan.state.model``, in DDP where there are several processes.
+        amp_dtype: Autocast to this type, or None.
+    """
+    dataset, sampler, device = plan.loader.dataset, plan.sampler, plan.loader.device
+    largest = largest_batch(sampler.epoch_batches(0), dataset.heights, dataset.widths)
+    packed = plan.loader.collate([dataset[0, int(index)] for index in largest])
+    images, targets = unpack(packed, device)
+    model.train()
+    seconds = []
+    for _ in range(1 + REHEARSED_STEPS):
+        start = time.perf_counter()
+        for _ in range(plan.accumulate):
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                loss = sum(model(images, targets).values())
+            loss.backward()
+        update_parameters(plan.state.optimizer, None, None, torch.zeros((), device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    update = float(np.mean(seconds[1:]))
+    hours = update * plan.updates_per_epoch * plan.learning_rate.epochs / 3600
+    shape = "x".join(map(str, images[0].shape[1:]))
+    return (
+        f"  rehearsed {len(images)} images of {shape} and similar, the largest batch: {update:.2f} s per update, "
+        f"{peak_memory_mb(device)} MB at the peak; at most about {hours:.1f} h for all epochs, without evaluation"
+    )
