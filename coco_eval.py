@@ -5,18 +5,19 @@ some thirty bytes per detection; at the end the ranks' bytes meet on rank 0, whi
 metrics to all. OKS sigmas are set on ``Params.kpt_oks_sigmas``; no installed file is edited.
 """
 
+import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from annotations.arrays import Annotations
+from annotations.labels import LabelMap
+from annotations.object_masks import mask_block, mask_rle
 from evaluation.coco_matching import (
-    Curves,
     Grid,
     Matches,
     accumulate,
@@ -24,42 +25,17 @@ from evaluation.coco_matching import (
     match_image,
     rank_detections,
 )
-from evaluation.coco_metrics import Figures, build_params, check_sigmas, summarize, summarize_classes
+from evaluation.coco_metrics import build_params, check_sigmas, summarize, summarize_classes
 from evaluation.detections import Detections, detections_from_output
+from evaluation.eval_result import EvalResult, SavedMatches
 from evaluation.keypoint_errors import KeypointErrors, format_errors, summarize_errors
 from evaluation.similarity import BlockMasks, RleMasks, box_iou, keypoint_extent, mask_iou, object_keypoint_similarity
-from loading.samples import LabelMap, mask_block, mask_rle
 from pixels.masks import MaskBlock
 from utils import broadcast_json, gather_bytes
 
 logger = logging.getLogger(__name__)
 
 OKS_AREAS = ("annotation", "box", "box53")
-
-
-@dataclass
-class EvalResult:
-    """The metrics of one evaluation, the same on every rank.
-
-    Attributes:
-        metrics: Per kind of score COCO's figures by name; None where there is no object to find.
-        per_class: The same per class name.
-        settings: What the figures depend on: sigmas, area rule, max_dets, number of images, versions.
-        keypoint_errors: Per keypoint name how far off it is, see `summarize_errors`; empty without keypoints.
-        curves: COCOeval's arrays; on rank 0 only.
-        matches: Sorted matches; on rank 0 only.
-        num_truths: Objects that count per category and area range, int64 [K, A]; on rank 0 only.
-        seen: Positions of the evaluated images, sorted by image id; on rank 0 only.
-    """
-
-    metrics: dict[str, Figures]
-    per_class: dict[str, dict[str, Figures]]
-    settings: dict[str, Any]
-    keypoint_errors: dict[str, Figures] = field(default_factory=dict)
-    curves: dict[str, Curves] = field(default_factory=dict)
-    matches: dict[str, Matches] = field(default_factory=dict)
-    num_truths: dict[str, np.ndarray] = field(default_factory=dict)
-    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class CocoEvaluator:
@@ -262,13 +238,48 @@ class CocoEvaluator:
         names = [name for _, name in self.annotations.categories]
         num_keypoints = self.annotations.num_keypoints if len(errors.columns()[0]) else 0
         points = self.annotations.keypoint_names
-        summary = {
+        summary: dict[str, Any] = {
             "keypoint_errors": summarize_errors(errors, points, num_keypoints) if num_keypoints else {},
             "metrics": {t: summarize(curves[t], self.params[t]) for t in self.iou_types},
             "per_class": {t: summarize_classes(curves[t], self.params[t], names) for t in self.iou_types},
             "settings": self._settings(len(seen)),
         }
-        return EvalResult(**broadcast_json(summary), curves=curves, matches=matches, num_truths=num_truths, seen=seen)
+        positions = self.indices[seen]
+        return EvalResult(
+            **broadcast_json(summary),
+            curves=curves,
+            saved=self._saved_matches(seen, matches, summary["settings"]),
+            num_truths=num_truths,
+            positions=positions,
+            is_background=np.diff(self.annotations.object_starts)[positions] == 0,
+        )
+
+    def _saved_matches(
+        self, seen: np.ndarray, matches: dict[str, Matches], settings: dict[str, Any]
+    ) -> dict[str, SavedMatches]:
+        """Return what each kind of score keeps, with images numbered among those that were evaluated."""
+        annotations = self.annotations
+        position = np.full(len(annotations), -1, dtype=np.int32)
+        position[self.indices[seen]] = np.arange(len(seen))
+        truth_images = position[annotations.object_images()]
+        fingerprint = _fingerprint(annotations, truth_images >= 0)
+        saved = {}
+        for t in self.iou_types:
+            low, high = self.grids[t].area_ranges[0]
+            counts = ~self.ignored[t] & (truth_images >= 0) & (self.areas[t] >= low) & (self.areas[t] <= high)
+            images, *others = matches[t].columns()
+            saved[t] = SavedMatches(
+                Matches(np.searchsorted(seen, images).astype(np.int32), *others),
+                truth_images[counts],
+                self.truth_categories[counts].astype(np.int16),
+                annotations.image_ids[self.indices[seen]],
+                tuple(name for _, name in annotations.categories),
+                self.grids[t].thresholds,
+                self.grids[t].recall_grid,
+                fingerprint,
+                settings,
+            )
+        return saved
 
     def _gather(self) -> tuple[np.ndarray, dict[str, Matches], KeypointErrors] | None:
         """Return on rank 0 (positions of the evaluated images, sorted matches of each kind, errors), None elsewhere."""
@@ -317,6 +328,13 @@ class CocoEvaluator:
             settings["kpt_oks_sigmas"] = [float(s) for s in self.params["keypoints"].kpt_oks_sigmas]
             settings["oks_area"] = self.oks_area
         return settings
+
+
+def _fingerprint(annotations: Annotations, is_seen: np.ndarray) -> str:
+    """Return a hash of the objects marked in ``is_seen``, bool [N]; masks count by their boxes and areas."""
+    names = ("category_ids", "boxes_xywh", "areas", "is_crowd", "keypoints")
+    columns = [getattr(annotations, name) for name in names]
+    return hashlib.sha256(b"".join(column[is_seen].tobytes() for column in columns)).hexdigest()
 
 
 def _write_matches(file: io.BytesIO, matches: Matches, num_bits: int) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, Outcomes, compare_figure, draw_weights, resample
+from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, compare_figure, draw_weights, resample
+from evaluation.eval_result import SavedMatches
 from runtime.run_folder import BEST, NEWEST, read_summary
 from utils import setup_logging
 
@@ -57,13 +58,13 @@ def find_evaluation(run_dir: Path, which: str) -> Path:
     return folder
 
 
-def read_outcomes(folder: Path) -> dict[str, Outcomes]:
-    """Return the outcomes of every kind of score that an evaluation has."""
+def read_matches(folder: Path) -> dict[str, SavedMatches]:
+    """Return the matches of every kind of score that an evaluation has."""
     paths = {kind: folder / f"matches_{kind}.npz" for kind in KINDS}
-    return {kind: Outcomes.load(path) for kind, path in paths.items() if path.is_file()}
+    return {kind: SavedMatches.load(path) for kind, path in paths.items() if path.is_file()}
 
 
-def check_comparable(first: Outcomes, second: Outcomes, kind: str) -> None:
+def check_comparable(first: SavedMatches, second: SavedMatches, kind: str) -> None:
     """Raise ValueError where figures of two evaluations cannot be compared, with the first reason found."""
     if not np.array_equal(first.image_ids, second.image_ids):
         common = len(np.intersect1d(first.image_ids, second.image_ids))
@@ -84,8 +85,8 @@ def check_comparable(first: Outcomes, second: Outcomes, kind: str) -> None:
         logger.warning("the runs were evaluated with different versions of pycocotools")
 
 
-def compare_outcomes(
-    first: Outcomes, second: Outcomes, num_resamples: int, seed: int
+def compare_matches(
+    first: SavedMatches, second: SavedMatches, num_resamples: int, seed: int
 ) -> tuple[dict[str, Difference], dict[str, Difference]]:
     """Return the differences of all figures, and of AP per class."""
     num_images = len(first.image_ids)
@@ -121,7 +122,7 @@ def describe(path: Path) -> str:
 def main(args: argparse.Namespace) -> int:
     """Compare and print."""
     folders = [find_evaluation(Path(run), args.evaluation) for run in (args.first, args.second)]
-    first, second = (read_outcomes(folder) for folder in folders)
+    first, second = (read_matches(folder) for folder in folders)
     kinds = [kind for kind in first if kind in second]
     if not kinds:
         raise ValueError(f"the runs have no kind of score in common: {', '.join(first)} and {', '.join(second)}")
@@ -130,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"first:  {describe(folders[0])}\nsecond: {describe(folders[1])}")
     content: dict[str, Any] = {}
     for kind in kinds:
-        figures, per_class = compare_outcomes(first[kind], second[kind], args.resamples, args.seed)
+        figures, per_class = compare_matches(first[kind], second[kind], args.resamples, args.seed)
         print(f"\n{KINDS[kind]}, {len(first[kind].image_ids)} images, resampled {args.resamples} times")
         print(format_differences("figure", figures))
         if len(per_class) > 1:

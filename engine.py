@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from annotations.labels import LabelMap
 from coco_eval import CocoEvaluator, EvalResult
 from evaluation.postprocess import fast_scoring
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from loading.collate import Targets
 from loading.loaders import DeviceLoader
-from loading.samples import LabelMap
 from optimization.optimizer import LearningRate, update_parameters
 from runtime.epoch_log import EpochLog, progress_bar
 from runtime.signals import StopRequest, agree_to_stop

@@ -31,8 +31,7 @@ from evaluation.results_files import results_of
 from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
 from pixels.masks import MaskBlock
 from report.drawing import Drawn, draw_objects, save_picture
-from runtime.run_folder import versions
-from utils import choose_device, setup_logging
+from utils import choose_device, setup_logging, versions
 
 logger = logging.getLogger("predict")
 

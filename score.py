@@ -22,7 +22,7 @@ from annotations.record_checks import Record
 from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
 from coco_utils import read_coco
-from evaluation.analysis import build_report, format_classes
+from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.results_files import FIELDS, detections_of_results, read_results
 from utils import setup_logging
@@ -124,10 +124,10 @@ def main(args: argparse.Namespace) -> int:
         max_dets=args.max_dets,
         name=args.predictions,
     )
-    report = build_report(evaluator, result)
+    report = build_analysis(result)
     print(format_summary(result))
     print(format_classes(result, report, iou_types[0]))
-    intervals = metric_intervals(evaluator, result)
+    intervals = metric_intervals(result)
     print(format_intervals(intervals))
     if args.json:
         content = {**result.metrics, "per_class": result.per_class, "intervals": intervals}

@@ -36,10 +36,10 @@ from optimization.weight_average import WeightAverage
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint, rebuild_model
 from runtime.machine import explain_failure, prepare_process
-from runtime.run_folder import RunFolder, append_metrics, choose_output_dir, describe_scores, plain_flags
+from runtime.run_folder import RunFolder, append_metrics, choose_output_dir, plain_flags
 from runtime.signals import StopRequest, die_with_parent
 from training.epochs import EpochOptions, TrainingState, train_epochs
-from training.evaluate_model import Evaluation, score_model
+from training.evaluate_model import EvalSetup, score_model
 from training.run_plan import Plan, rehearse
 from training.verify_resume import Probe, ResumeCheckError, check_resume
 from utils import (
@@ -216,7 +216,7 @@ def start_model(
     return model, spec
 
 
-def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed) -> Evaluation:
+def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed) -> EvalSetup:
     """Return what models are scored on."""
     options = {"batch_size": args.eval_batch_size, "workers": args.workers}
     loss_loader = None
@@ -230,17 +230,17 @@ def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
         oks_area=args.oks_area,
         max_dets=args.max_dets,
     )
-    return Evaluation(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
+    return EvalSetup(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
 
 
-def test(args: argparse.Namespace, data: Data, model: nn.Module, evaluation: Evaluation, stop: StopRequest) -> int:
+def test(args: argparse.Namespace, data: Data, model: nn.Module, evaluation: EvalSetup, stop: StopRequest) -> int:
     """Score the model; results are written only where ``--output-dir`` is given."""
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
     predictions_dir = folder if args.save_predictions else None
     scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
     if folder is not None and scored is not None and rank() == 0:
-        append_metrics(folder, None, {}, describe_scores(scored))
+        append_metrics(folder, None, {}, scored.to_plain())
         publish(folder, evaluation.evaluator, scored, data.val, epoch=None, predictions_dir=predictions_dir)
     return 0
 

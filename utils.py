@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,11 @@ def peak_memory_mb(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.coco_metrics import COCO_PERSON_SIGMAS
-
 # The "1" of pycocotools' table after its division by ten: looser than any point of a COCO person but the hips.
 DEFAULT_SIGMA = 0.1
 
@@ -16,6 +14,12 @@ COCO_PERSON_KEYPOINTS = (
     "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
     "right_ankle",
 )  # fmt: skip
+
+# How COCO's sigmas become pycocotools': by a division of its own, since 0.26 / 10 and 0.026 are different doubles.
+COCO_PERSON_SIGMAS = (
+    np.array([0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89])
+    / 10.0
+)
 
 _MIRROR_WORDS = {"left": "right", "right": "left", "l": "r", "r": "l"}
 

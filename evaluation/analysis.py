@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from coco_eval import CocoEvaluator, EvalResult
 from evaluation.coco_matching import CROWD_PARTNER, Matches
+from evaluation.eval_result import EvalResult
 
 # IoU (or OKS) 0.5 and area range "all" are the first of their kind: bit 0.
 _FIRST_BIT = np.uint64(1)
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class Analysis:
     """Everything that is said about an evaluation beside COCO's figures; for the first process.
 
     Attributes:
@@ -51,39 +51,38 @@ class Report:
         }
 
 
-def build_report(evaluator: CocoEvaluator, result: EvalResult) -> Report:
-    """Work out the report of an evaluation; on the first process, where the matches are."""
-    names = [name for _, name in evaluator.annotations.categories]
-    any_type = evaluator.iou_types[0]
+def build_analysis(result: EvalResult) -> Analysis:
+    """Work out the analysis of an evaluation; on the first process, where the matches are."""
+    any_type = next(iter(result.saved))
+    names = list(result.saved[any_type].class_names)
     precision: dict[str, np.ndarray] = {}
     best_f1: dict[str, dict[str, dict[str, float]]] = {}
-    for t in evaluator.iou_types:
-        curves = result.curves[t].precision[0, :, :, 0, -1]
-        precision[t] = np.where(curves < 0, np.nan, curves)
-        best_f1[t] = {}
-        for k, span in enumerate(result.matches[t].category_slices(len(names))):
-            total = int(result.num_truths[t][k, 0])
-            best_f1[t][names[k]] = _best_f1(result.matches[t].take(np.arange(span.start, span.stop)), total)
+    for iou_type, saved in result.saved.items():
+        curves = result.curves[iou_type].precision[0, :, :, 0, -1]
+        precision[iou_type] = np.where(curves < 0, np.nan, curves)
+        best_f1[iou_type] = {}
+        for k, span in enumerate(saved.matches.category_slices(len(names))):
+            total = int(result.num_truths[iou_type][k, 0])
+            best_f1[iou_type][names[k]] = _best_f1(saved.matches.take(np.arange(span.start, span.stop)), total)
     threshold = 0.0
     confusion = np.zeros((len(names) + 1, len(names) + 1), dtype=np.int64)
     false_alarms = 0
-    without_objects = _images_without_objects(evaluator, result)
-    if "bbox" in evaluator.iou_types:
-        boxes = result.matches["bbox"]
+    if "bbox" in result.saved:
+        boxes = result.saved["bbox"].matches
         by_score = boxes.take(np.argsort(-boxes.scores, kind="stable"))
         threshold = _best_f1(by_score, int(result.num_truths["bbox"][:, 0].sum())).get("score", 0.0)
         shown = boxes.take(boxes.scores >= threshold)
         confusion = _confusion(shown, result.num_truths["bbox"][:, 0])
-        false_alarms = int(without_objects[shown.images].sum())
-    return Report(
+        false_alarms = int(result.is_background[shown.images].sum())
+    return Analysis(
         names,
         result.num_truths[any_type][:, 0],
-        evaluator.grids[any_type].recall_grid,
+        result.saved[any_type].recall_grid,
         precision,
         best_f1,
         threshold,
         confusion,
-        int(without_objects[result.seen].sum()),
+        int(result.is_background.sum()),
         false_alarms,
     )
 
@@ -108,7 +107,7 @@ def _best_f1(matches: Matches, total: int) -> dict[str, float]:
 
 
 def _confusion(matches: Matches, num_truths: np.ndarray) -> np.ndarray:
-    """Return the matrix of `Report.confusion` for the given detections; those inside crowds are left out."""
+    """Return the matrix of `Analysis.confusion` for the given detections; those inside crowds are left out."""
     num_classes = len(num_truths)
     matches = matches.take(matches.partners != CROWD_PARTNER)
     rows = np.where(matches.partners >= 0, matches.partners, num_classes).astype(np.int64)
@@ -146,41 +145,29 @@ class ImageScores:
         return judged[np.lexsort((self.objects[judged], -mistakes, self.f1[judged]))]
 
 
-def score_images(evaluator: CocoEvaluator, result: EvalResult, score_threshold: float) -> ImageScores:
+def score_images(result: EvalResult, score_threshold: float) -> ImageScores:
     """Count hits and mistakes of every evaluated image; on the first process, for boxes."""
-    num_images = len(evaluator.indices)
-    matches = result.matches["bbox"]
-    matches = matches.take(matches.scores >= score_threshold)
+    saved, num_images = result.saved["bbox"], len(result.positions)
+    matches = saved.matches.take(saved.matches.scores >= score_threshold)
     positive = (matches.positive & _FIRST_BIT).astype(bool)
     counts = positive | ~(matches.ignored & _FIRST_BIT).astype(bool)
-    annotations = evaluator.annotations
-    per_image = np.bincount(
-        annotations.object_images(), weights=~evaluator.ignored["bbox"], minlength=len(annotations)
-    ).astype(np.int64)
-    positions = evaluator.indices[result.seen]
-    objects = per_image[positions]
-    detections = np.bincount(matches.images[counts], minlength=num_images)[result.seen]
-    hits = np.bincount(matches.images[positive], minlength=num_images)[result.seen]
+    objects = np.bincount(saved.truth_images, minlength=num_images)
+    detections = np.bincount(matches.images[counts], minlength=num_images)
+    hits = np.bincount(matches.images[positive], minlength=num_images)
     with np.errstate(invalid="ignore"):
         f1 = 2 * hits / (objects + detections)
-    return ImageScores(positions, objects, detections, hits, f1)
+    return ImageScores(result.positions, objects, detections, hits, f1)
 
 
-def _images_without_objects(evaluator: CocoEvaluator, result: EvalResult) -> np.ndarray:
-    """Return which evaluated images show nothing at all, bool [number of evaluated images]."""
-    starts = evaluator.annotations.object_starts
-    return (np.diff(starts) == 0)[evaluator.indices]
-
-
-def format_classes(result: EvalResult, report: Report, iou_type: str = "bbox") -> str:
+def format_classes(result: EvalResult, analysis: Analysis, iou_type: str = "bbox") -> str:
     """Return a table with one line per class: objects, AP, AP50, AR, best F1 and its threshold."""
-    width = max([len(name) for name in report.class_names] + [5])
+    width = max([len(name) for name in analysis.class_names] + [5])
     lines = [f"  {'class':<{width}} {'objects':>8} {'AP':>7} {'AP50':>7} {'AR':>7} {'best F1':>8} {'at score':>9}"]
-    for k, name in enumerate(report.class_names):
-        figures, best = result.per_class[iou_type][name], report.best_f1[iou_type][name]
+    for k, name in enumerate(analysis.class_names):
+        figures, best = result.per_class[iou_type][name], analysis.best_f1[iou_type][name]
         shown = " ".join(
             f"{'n/a' if figures[f] is None else format(figures[f], '.4f'):>7}" for f in ("AP", "AP50", "AR")
         )
         f1 = f"{best['f1']:>8.4f} {best['score']:>9.4f}" if best else f"{'n/a':>8} {'n/a':>9}"
-        lines.append(f"  {name:<{width}} {int(report.num_truths[k]):>8} {shown} {f1}")
+        lines.append(f"  {name:<{width}} {int(analysis.num_truths[k]):>8} {shown} {f1}")
     return "\n".join(lines)

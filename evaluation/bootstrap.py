@@ -10,17 +10,12 @@ percentiles would not even hold the figure. Intervals are therefore the spread o
 how far it moves with another set of as many images. A simulation in the tests counts how often that is true.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from annotations.arrays import Annotations
-from coco_eval import CocoEvaluator, EvalResult
-from evaluation.coco_matching import Matches
+from evaluation.eval_result import EvalResult, SavedMatches
 
 SEED = 0
 LEVEL = 0.95
@@ -35,90 +30,6 @@ MAX_WORK = 100_000_000
 
 # Resamples times detections that are worked on at once: what fits the processor's cache.
 _CHUNK = 1 << 18
-
-
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """What one kind of score keeps of an evaluation to compute it for other weights of the images.
-
-    Attributes:
-        matches: `Matches.sorted`; ``images`` are positions in ``image_ids``.
-        truth_images: int32 [N], position of the image of every object that counts (in the area range "all").
-        truth_categories: int16 [N], position of its class.
-        image_ids: int64 [I], of the evaluated images, ascending.
-        class_names: K names.
-        thresholds: float64 [T], IoU or OKS.
-        recall_grid: float64 [R].
-        fingerprint: Of all annotations of the evaluated images.
-        settings: `EvalResult.settings`: what two evaluations must share to be compared.
-    """
-
-    matches: Matches
-    truth_images: np.ndarray
-    truth_categories: np.ndarray
-    image_ids: np.ndarray
-    class_names: tuple[str, ...]
-    thresholds: np.ndarray
-    recall_grid: np.ndarray
-    fingerprint: str
-    settings: dict[str, Any]
-
-    @classmethod
-    def of(cls, evaluator: CocoEvaluator, result: EvalResult, iou_type: str) -> "Outcomes":
-        """Take them from an evaluation; on the first process, where the matches are."""
-        annotations, seen = evaluator.annotations, result.seen
-        position = np.full(len(annotations), -1, dtype=np.int32)
-        position[evaluator.indices[seen]] = np.arange(len(seen))
-        truth_images = position[annotations.object_images()]
-        counts = ~evaluator.ignored[iou_type] & (truth_images >= 0)
-        low, high = evaluator.grids[iou_type].area_ranges[0]
-        counts &= (evaluator.areas[iou_type] >= low) & (evaluator.areas[iou_type] <= high)
-        images, *others = result.matches[iou_type].columns()
-        return cls(
-            Matches(np.searchsorted(seen, images).astype(np.int32), *others),
-            truth_images[counts],
-            evaluator.truth_categories[counts].astype(np.int16),
-            annotations.image_ids[evaluator.indices[seen]],
-            tuple(name for _, name in annotations.categories),
-            evaluator.grids[iou_type].thresholds,
-            evaluator.grids[iou_type].recall_grid,
-            _fingerprint(annotations, truth_images >= 0),
-            result.settings,
-        )
-
-    def save(self, path: Path) -> None:
-        """Write a file of plain arrays that `load` reads."""
-        text = {"class_names": self.class_names, "fingerprint": self.fingerprint, "settings": self.settings}
-        matches = dict(zip(Matches.__dataclass_fields__, self.matches.columns()))
-        arrays = {name: getattr(self, name) for name in _ARRAYS} | {f"match_{k}": v for k, v in matches.items()}
-        np.savez_compressed(path, text=np.frombuffer(json.dumps(text).encode(), dtype=np.uint8), **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> "Outcomes":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: The file is not one of those.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                text = json.loads(file["text"].tobytes())
-                matches = Matches(*(file[f"match_{name}"] for name in Matches.__dataclass_fields__))
-                arrays = {name: file[name] for name in _ARRAYS}
-            text["class_names"] = tuple(text["class_names"])
-            return cls(matches, **arrays, **text)
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not the matches of an evaluation ({error})") from None
-
-
-_ARRAYS = ("truth_images", "truth_categories", "image_ids", "thresholds", "recall_grid")
-
-
-def _fingerprint(annotations: Annotations, is_seen: np.ndarray) -> str:
-    """Return a hash of the objects marked in ``is_seen``, bool [N]; masks count by their boxes and areas."""
-    names = ("category_ids", "boxes_xywh", "areas", "is_crowd", "keypoints")
-    columns = [getattr(annotations, name) for name in names]
-    return hashlib.sha256(b"".join(column[is_seen].tobytes() for column in columns)).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,34 +66,34 @@ def draw_weights(num_images: int, num_resamples: int, seed: int = SEED) -> np.nd
     return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.int32)
 
 
-def resample(outcomes: Outcomes, weights: np.ndarray) -> Resampled:
+def resample(saved: SavedMatches, weights: np.ndarray) -> Resampled:
     """Compute precision and recall with every image counted as often as its weight says.
 
     Weights of one give COCO's figures; weights of two those of a dataset in which every image stands twice.
 
     Args:
-        outcomes: Of an evaluation.
+        saved: Of an evaluation.
         weights: Integers [B, I].
     """
-    num_classes, num_thresholds = len(outcomes.class_names), len(outcomes.thresholds)
+    num_classes, num_thresholds = len(saved.class_names), len(saved.thresholds)
     precision = np.full((len(weights), num_classes, num_thresholds), np.nan)
     recall = precision.copy()
-    by_class = np.argsort(outcomes.truth_categories, kind="stable")
-    bounds = np.searchsorted(outcomes.truth_categories[by_class], np.arange(num_classes + 1))
-    for k, span in enumerate(outcomes.matches.category_slices(num_classes)):
-        truths = outcomes.truth_images[by_class[bounds[k] : bounds[k + 1]]]
+    by_class = np.argsort(saved.truth_categories, kind="stable")
+    bounds = np.searchsorted(saved.truth_categories[by_class], np.arange(num_classes + 1))
+    for k, span in enumerate(saved.matches.category_slices(num_classes)):
+        truths = saved.truth_images[by_class[bounds[k] : bounds[k + 1]]]
         if not len(truths):
             continue
-        images = outcomes.matches.images[span]
-        positive, ignored = outcomes.matches.positive[span], outcomes.matches.ignored[span]
+        images = saved.matches.images[span]
+        positive, ignored = saved.matches.positive[span], saved.matches.ignored[span]
         step = max(1, _CHUNK // max(1, len(images)))
         for start in range(0, len(weights), step):
             rows = slice(start, start + step)
             totals = weights[rows][:, truths].sum(axis=1)
-            p, r = _average_precision(weights[rows], images, positive, ignored, totals, outcomes)
+            p, r = _average_precision(weights[rows], images, positive, ignored, totals, saved)
             p[totals == 0] = r[totals == 0] = np.nan
             precision[rows, k], recall[rows, k] = p, r
-    return Resampled(precision, recall, outcomes.thresholds)
+    return Resampled(precision, recall, saved.thresholds)
 
 
 def _average_precision(
@@ -191,14 +102,14 @@ def _average_precision(
     positive: np.ndarray,
     ignored: np.ndarray,
     totals: np.ndarray,
-    outcomes: Outcomes,
+    saved: SavedMatches,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (precision averaged over recall [B, T], final recall [B, T]) of one class.
 
     The same sums as `coco_matching.precision_over_recall`, but only at true positives: recall rises nowhere else, and
     precision between two of them is below that of the first, so that its envelope does not see it.
     """
-    num_thresholds = len(outcomes.thresholds)
+    num_thresholds = len(saved.thresholds)
     precision, recall = np.zeros((len(weights), num_thresholds)), np.zeros((len(weights), num_thresholds))
     found_or_ignored = np.cumsum(weights[:, images], axis=1, dtype=np.int32)
     totals = np.maximum(totals, 1)[:, None]
@@ -217,9 +128,9 @@ def _average_precision(
         envelope = np.maximum.accumulate(envelope[:, ::-1], axis=1)[:, ::-1]
         at_recall = true_positives / totals
         # How many points of the recall grid are reached by each true positive, and first by it.
-        reached = np.searchsorted(outcomes.recall_grid, at_recall, side="right")
+        reached = np.searchsorted(saved.recall_grid, at_recall, side="right")
         first = np.diff(reached, axis=1, prepend=0)
-        precision[:, t] = (envelope * first).sum(axis=1) / len(outcomes.recall_grid)
+        precision[:, t] = (envelope * first).sum(axis=1) / len(saved.recall_grid)
         recall[:, t] = at_recall[:, -1]
     return precision, recall
 
@@ -291,7 +202,7 @@ def compare_figure(first: np.ndarray, second: np.ndarray, level: float = LEVEL) 
     return Difference(float(first[0]), float(second[0]), *spread, float((sign + 1).mean() / 2))
 
 
-def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, dict[str, Any]]:
+def metric_intervals(result: EvalResult) -> dict[str, dict[str, Any]]:
     """Return the 95 % intervals of an evaluation's figures; on the first process, where the matches are.
 
     Returns:
@@ -299,12 +210,11 @@ def metric_intervals(evaluator: CocoEvaluator, result: EvalResult) -> dict[str, 
         ``resamples``, their number. A kind with too many detections has no entry.
     """
     intervals: dict[str, dict[str, Any]] = {}
-    for iou_type in evaluator.iou_types:
-        outcomes = Outcomes.of(evaluator, result, iou_type)
-        number = num_resamples(len(outcomes.matches))
-        if not number or not len(outcomes.image_ids):
+    for iou_type, saved in result.saved.items():
+        number = num_resamples(len(saved.matches))
+        if not number or not len(saved.image_ids):
             continue
-        resampled = resample(outcomes, draw_weights(len(outcomes.image_ids), number))
+        resampled = resample(saved, draw_weights(len(saved.image_ids), number))
         of_type: dict[str, Any] = {"resamples": number}
         for name in RESAMPLED:
             figure = result.metrics[iou_type][name]

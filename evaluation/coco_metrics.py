@@ -5,12 +5,6 @@ from pycocotools.cocoeval import Params
 
 from evaluation.coco_matching import Curves
 
-# How COCO's sigmas become pycocotools': by a division of its own, since 0.26 / 10 and 0.026 are different doubles.
-COCO_PERSON_SIGMAS = (
-    np.array([0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89])
-    / 10.0
-)
-
 # Name, array, IoU threshold or None for the mean over all, area range, position in max_dets.
 SummaryLine = tuple[str, str, float | None, str, int]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from loading.samples import LabelMap
+from annotations.labels import LabelMap
 from pixels.masks import MaskBlock, block_from_mask
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from annotations.labels import LabelMap
 from annotations.skeleton import Skeleton
 from custom_dataset import IMAGE_SUFFIXES
 from evaluation.detections import Detections, detections_from_output
 from evaluation.postprocess import fast_scoring
 from loading.collate import PackedBatch, collate_fn, unpack
-from loading.samples import LabelMap, Sample
+from loading.samples import Sample
 from models.architectures import ModelSpec
 from pixels.images import BadImageError, is_text, read_header, read_image
 from runtime.checkpoint import load_checkpoint, rebuild_model

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from annotations.arrays import Annotations
+from annotations.object_masks import mask_block
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
-from loading.samples import DetectionDataset, mask_block
+from loading.samples import DetectionDataset
 from loading.splits import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_mask

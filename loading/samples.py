@@ -5,21 +5,21 @@ A sample is produced lean: the image stays uint8 as it was decoded, masks stay b
 what the model needs is made at all.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from annotations.arrays import Annotations
+from annotations.labels import LabelMap
+from annotations.object_masks import mask_block
 from pixels.geometry import Placement
 from pixels.images import read_image
 from pixels.lazy_image import MAX_DEVICE_SHRINK, LazyImage, render
-from pixels.masks import MaskBlock, block_from_polygons, block_from_rle, rle_from_polygons
+from pixels.masks import MaskBlock
 from utils import seeded_cpu_rng
 
 # Boxes thinner than this many pixels can collapse to nothing when float32 coordinates are rescaled, and
@@ -51,46 +51,6 @@ class ImageFolder:
         """Decode image ``index``; raises `BadImageError` naming the file."""
         size = int(annotations.heights[index]), int(annotations.widths[index])
         return read_image(self.root / annotations.file_name(index), size, self.apply_exif)
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """The model's labels and what they mean in the dataset; label 0 is background.
-
-    Attributes:
-        category_ids: The category id of every label from 1 on; -1 for a label without a category.
-        names: The class name of every label from 1 on.
-    """
-
-    category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels, background included."""
-        return len(self.category_ids) + 1
-
-    def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
-        """Return the int64 label of every category id; all of them must be known."""
-        sorted_ids, labels = self._sorted
-        positions = np.searchsorted(sorted_ids[:-1], category_ids)
-        assert (sorted_ids[positions] == category_ids).all(), "a category that has no label"
-        return labels[positions]
-
-    @cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        known = np.array(self.category_ids, dtype=np.int64)
-        order = np.argsort(known, kind="stable")
-        return known[order], order + 1
-
-    def categories_of(self, labels: np.ndarray) -> np.ndarray:
-        """Return the category id of every label, -1 where it has none."""
-        return np.array((-1, *self.category_ids), dtype=np.int64)[labels]
-
-    @classmethod
-    def contiguous(cls, categories: Sequence[tuple[int, str]]) -> "LabelMap":
-        """Number categories 1..C in the order of their ids."""
-        return cls(tuple(id_ for id_, _ in categories), tuple(name for _, name in categories))
 
 
 @dataclass
@@ -247,21 +207,3 @@ def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: slice 
     np.maximum(boxes, 0, out=boxes)
     np.minimum(boxes, np.stack([*sides, *sides], axis=-1), out=boxes, casting="same_kind")
     return boxes
-
-
-def mask_block(annotations: Annotations, i: int, n: int) -> MaskBlock:
-    """Return the mask of object ``n`` of image ``i``; an object without a segmentation has an empty one."""
-    height, width = int(annotations.heights[i]), int(annotations.widths[i])
-    counts = annotations.rle(n)
-    if counts:
-        return block_from_rle(counts, height, width)
-    return block_from_polygons(annotations.polygons(n), height, width)
-
-
-def mask_rle(annotations: Annotations, i: int, n: int) -> dict[str, Any]:
-    """Return the mask of object ``n`` of image ``i`` as COCO's run lengths, as ``annToRLE`` of pycocotools."""
-    height, width = int(annotations.heights[i]), int(annotations.widths[i])
-    counts = annotations.rle(n)
-    if counts:
-        return {"size": [height, width], "counts": counts}
-    return rle_from_polygons(annotations.polygons(n), height, width)

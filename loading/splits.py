@@ -13,6 +13,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from annotations.arrays import Annotations, cached_annotations
 from annotations.findings import Findings
 from annotations.image_checks import check_decoding, check_files, check_headers, find_shared_files
+from annotations.labels import LabelMap
 from annotations.skeleton import (
     COCO_PERSON_KEYPOINTS,
     Skeleton,
@@ -23,7 +24,7 @@ from annotations.skeleton import (
 )
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
-from loading.samples import ImageFolder, ImageSource, LabelMap
+from loading.samples import ImageFolder, ImageSource
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from coco_eval import CocoEvaluator
-from evaluation.analysis import ImageScores, Report, score_images
-from evaluation.bootstrap import Outcomes
+from evaluation.analysis import Analysis, ImageScores, score_images
 from loading.splits import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
-from runtime.run_folder import BEST, NEWEST, SUMMARY, describe_scores, is_installed, read_summary
+from runtime.run_folder import BEST, NEWEST, SUMMARY, is_installed, read_summary
 from training.evaluate_model import Scored
 
 logger = logging.getLogger(__name__)
@@ -43,30 +42,30 @@ def write_evaluation(
     Args:
         run_dir: Of the run.
         evaluator: That gave the figures.
-        scored: With report.
+        scored: With analysis.
         split: The evaluated images.
         epoch: Of the model; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, for the pictures; None leaves them out.
     """
-    report = scored.report
-    assert report is not None
+    result, analysis = scored.result, scored.analysis
+    assert analysis is not None
     folder = run_dir / f"{NEWEST}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    images = score_images(evaluator, scored.result, report.score_threshold)
-    _write_tables(folder, scored, report)
+    images = score_images(result, analysis.score_threshold)
+    _write_tables(folder, scored, analysis)
     _write_images(folder / "images.csv", evaluator, images)
-    for kind in evaluator.iou_types:
-        Outcomes.of(evaluator, scored.result, kind).save(folder / f"matches_{kind}.npz")
+    for kind, saved in result.saved.items():
+        saved.save(folder / f"matches_{kind}.npz")
     if is_installed("matplotlib"):
-        _write_plots(folder, report)
+        _write_plots(folder, analysis)
     examples: list[Example] = []
     if predictions_dir is not None:
-        examples = draw_examples(folder, evaluator, images, split, predictions_dir, report.score_threshold)
-    summary = {"epoch": epoch, **describe_scores(scored)}
+        examples = draw_examples(folder, evaluator, images, split, predictions_dir, analysis.score_threshold)
+    summary = {"epoch": epoch, **scored.to_plain()}
     summary["objects"] = {
-        kind: dict(zip(report.class_names, counts[:, 0].tolist())) for kind, counts in scored.result.num_truths.items()
+        kind: dict(zip(analysis.class_names, counts[:, 0].tolist())) for kind, counts in result.num_truths.items()
     }
     summary["examples"] = [vars(example) for example in examples]
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
@@ -125,9 +124,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
             writer.writerow(["" if isinstance(v, float) and np.isnan(v) else v for v in row])
 
 
-def _write_tables(folder: Path, scored: Scored, report: Report) -> None:
+def _write_tables(folder: Path, scored: Scored, analysis: Analysis) -> None:
     """Write figures, classes, curves, confusions and keypoint errors."""
-    result, names = scored.result, report.class_names
+    result, names = scored.result, analysis.class_names
     rows = []
     for kind, figures in result.metrics.items():
         for name, value in figures.items():
@@ -137,15 +136,15 @@ def _write_tables(folder: Path, scored: Scored, report: Report) -> None:
         header = ["class", "objects", *(c for c in CLASS_COLUMNS if c in result.metrics[kind]), *F1_COLUMNS]
         rows = []
         for k, name in enumerate(names):
-            best = report.best_f1[kind][name]
+            best = analysis.best_f1[kind][name]
             values = [per_class[name][column] for column in CLASS_COLUMNS if column in result.metrics[kind]]
             rows.append([name, int(result.num_truths[kind][k, 0]), *values, *map(best.get, F1_COLUMNS.values())])
         _write_csv(folder / f"classes_{kind}.csv", header, rows)
-        known = np.isfinite(report.precision[kind]).all(axis=0)
-        mean = report.precision[kind][:, known].mean(axis=1) if known.any() else np.full(len(report.recall), np.nan)
-        columns = np.column_stack([report.recall, mean, report.precision[kind]])
+        known = np.isfinite(analysis.precision[kind]).all(axis=0)
+        mean = analysis.precision[kind][:, known].mean(axis=1) if known.any() else np.full(len(analysis.recall), np.nan)
+        columns = np.column_stack([analysis.recall, mean, analysis.precision[kind]])
         _write_csv(folder / f"pr_{kind}.csv", ["recall", "(mean)", *names], columns.tolist())
-    counts = report.confusion.tolist()
+    counts = analysis.confusion.tolist()
     rows = [[name, *row] for name, row in zip([*names, "(no object)"], counts)]
     _write_csv(folder / "confusion.csv", ["object \\ detected as", *names, "(missed)"], rows)
     if result.keypoint_errors:
@@ -167,10 +166,10 @@ def _write_images(path: Path, evaluator: CocoEvaluator, images: ImageScores) -> 
     _write_csv(path, ["image_id", "file_name", "objects", "detections", "hits", "f1"], rows)
 
 
-def _write_plots(folder: Path, report: Report) -> None:
+def _write_plots(folder: Path, analysis: Analysis) -> None:
     """Draw curves and confusion matrix."""
-    for kind, precision in report.precision.items():
+    for kind, precision in analysis.precision.items():
         overlap = "OKS" if kind == "keypoints" else "IoU"
-        png = plots.plot_precision_recall(report.recall, precision, report.class_names, overlap)
+        png = plots.plot_precision_recall(analysis.recall, precision, analysis.class_names, overlap)
         (folder / f"pr_{kind}.png").write_bytes(png)
-    (folder / "confusion.png").write_bytes(plots.plot_confusion(report.confusion, report.class_names))
+    (folder / "confusion.png").write_bytes(plots.plot_confusion(analysis.confusion, analysis.class_names))

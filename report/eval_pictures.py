@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from annotations.arrays import Annotations
+from annotations.object_masks import mask_block
 from annotations.record_checks import Record
 from coco_eval import CocoEvaluator
 from evaluation.analysis import ImageScores
 from evaluation.results_files import read_results_of_images
-from loading.samples import mask_block
 from loading.splits import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_rle

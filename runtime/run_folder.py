@@ -11,14 +11,12 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint import CheckpointFolder, lock_folder, write_atomically
-from training.evaluate_model import Scored
-from utils import broadcast_json, rank, world_size
+from utils import broadcast_json, rank, versions, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +54,6 @@ def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path
         started = Path(f"/proc/{os.getppid()}").stat().st_mtime
     stamp = datetime.datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
     return Path(broadcast_json(f"runs/{dataset}-{model}-{stamp}"))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that results depend on."""
-    return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}
-
-
-def describe_scores(scored: Scored) -> dict[str, Any]:
-    """Return an evaluation as plain values: every figure by name, and beside them what they depend on."""
-    result, report = scored.result, scored.report
-    described: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": scored.intervals}
-    described |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
-    if scored.losses:
-        described["val_loss"] = scored.losses
-    return described | (report.to_plain() if report is not None else {})
 
 
 class RunFolder:
@@ -137,7 +120,7 @@ class RunFolder:
 
 
 def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `describe_scores`.
+    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `Scored.to_plain`.
 
     Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
 
@@ -145,7 +128,7 @@ def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], 
         folder: Of the run.
         epoch: From 0; None for an evaluation alone.
         averages: See `train_one_epoch`.
-        scores: See `describe_scores`.
+        scores: See `Scored.to_plain`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]
@@ -176,7 +159,7 @@ def _git_commit() -> str | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what stands in an evaluation's ``summary.json``: epoch and `describe_scores`; empty where there is none.
+    """Return what stands in an evaluation's ``summary.json``: epoch and `Scored.to_plain`; empty where there is none.
 
     Raises:
         ValueError: The file is damaged.

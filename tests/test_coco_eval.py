@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import coco_eval
+from annotations.labels import LabelMap
+from annotations.skeleton import COCO_PERSON_SIGMAS
 from coco_eval import CocoEvaluator, format_summary
 from evaluation import coco_matching
-from evaluation.coco_metrics import COCO_PERSON_SIGMAS, build_params, check_sigmas
+from evaluation.coco_metrics import build_params, check_sigmas
 from evaluation.detections import Detections
 from helpers.coco_cases import compare, oracle, random_case, to_annotations, to_detections
 from helpers.ranks import run_on_ranks
-from loading.samples import LabelMap
 from pixels.masks import block_from_mask
 
 IOU_TYPES = ("bbox", "segm", "keypoints")

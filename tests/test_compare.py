@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import compare
-from evaluation.bootstrap import Difference, Outcomes, compare_figure, draw_weights, resample
+from evaluation.bootstrap import Difference, compare_figure, draw_weights, resample
 from evaluation.coco_matching import Matches
 from helpers.coco_cases import random_case
 from helpers.outcomes import drawn_outcomes, evaluate
@@ -28,7 +28,7 @@ def run_json(tmp_path, *flags):
 
 def of_case(seed, kind="bbox"):
     evaluator, result = evaluate(*random_case(seed, kind), kind)
-    return Outcomes.of(evaluator, result, kind), result
+    return result.saved[kind], result
 
 
 def dropped(outcomes, rng, share):
@@ -147,6 +147,6 @@ def test_an_annotation_moved_by_a_pixel_is_noticed(tmp_path, capsys):
     runs = []
     for name, case in (("a", truth), ("b", moved)):
         evaluator, result = evaluate(case, results, "bbox")
-        runs.append(save_run(tmp_path / name, Outcomes.of(evaluator, result, "bbox")))
+        runs.append(save_run(tmp_path / name, result.saved["bbox"]))
     assert compare.run(runs) == 1
     assert "the annotations differ" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 import score
 from coco_eval import CocoEvaluator
-from evaluation.analysis import build_report, format_classes
+from evaluation.analysis import build_analysis, format_classes
 from evaluation.coco_matching import match_across_classes
 from evaluation.detections import Detections
 from evaluation.results_files import PredictionWriter, detections_of_results, read_results, rle_of_block
@@ -155,7 +155,7 @@ def test_the_report_counts_confusions_thresholds_and_false_alarms():
         places, labels, scores = zip(*rows)
         evaluator.add(image_id, Detections(np.array(labels), np.array(scores), np.array(places, dtype=float)))
     result = evaluator.compute()
-    report = build_report(evaluator, result)
+    report = build_analysis(result)
     assert report.best_f1["bbox"]["cat"] == {"f1": 1.0, "score": 0.9, "precision": 1.0, "recall": 1.0}
     assert report.best_f1["bbox"]["dog"]["f1"] == pytest.approx(2 / 3)
     assert report.score_threshold == 0.7  # two hits of three objects, one miss
@@ -182,7 +182,7 @@ def test_a_confusion_row_adds_up_to_its_objects():
         for image in truth["images"]:
             evaluator.add(image["id"], to_detections(results, image["id"], "bbox"))
         result = evaluator.compute()
-        report = build_report(evaluator, result)
+        report = build_analysis(result)
         assert (report.confusion[:-1].sum(axis=1) == report.num_truths).all()
         assert (report.confusion >= 0).all()
 

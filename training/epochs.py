@@ -19,10 +19,10 @@ from optimization.optimizer import LearningRate, restore_optimizer
 from optimization.weight_average import WeightAverage
 from report.page import publish
 from runtime.checkpoint import CheckpointError
-from runtime.run_folder import RunFolder, describe_scores, versions
+from runtime.run_folder import RunFolder
 from runtime.signals import StopRequest, agree_to_stop
-from training.evaluate_model import Evaluation, score_model
-from utils import rank, world_size
+from training.evaluate_model import EvalSetup, score_model
+from utils import rank, versions, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def train_epochs(
     state: TrainingState,
     model: nn.Module,
     train_loader: DeviceLoader,
-    evaluation: Evaluation,
+    evaluation: EvalSetup,
     learning_rate: LearningRate,
     stop: StopRequest,
     options: EpochOptions,
@@ -348,7 +348,7 @@ def train_epoch(
 
 
 def evaluate_epoch(
-    state: TrainingState, evaluation: Evaluation, stop: StopRequest, options: EpochOptions, output: RunFolder | None
+    state: TrainingState, evaluation: EvalSetup, stop: StopRequest, options: EpochOptions, output: RunFolder | None
 ) -> bool:
     """Score the epochs done so far, note the figures and save; returns False if someone asked to stop meanwhile."""
     progress, model = state.progress, state.scored_model
@@ -357,7 +357,7 @@ def evaluate_epoch(
     scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
     if scored is None:
         return False
-    state.metrics = describe_scores(scored)
+    state.metrics = scored.to_plain()
     is_best = state.note_best(options.best_metric)
     progress.to_score = False
     if output is not None:

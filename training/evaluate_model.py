@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from coco_eval import CocoEvaluator, EvalResult, format_summary
+from annotations.labels import LabelMap
+from coco_eval import CocoEvaluator, format_summary
 from engine import evaluate, validation_loss
-from evaluation.analysis import Report, build_report, format_classes
+from evaluation.analysis import Analysis, build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
+from evaluation.eval_result import EvalResult
 from evaluation.results_files import PredictionWriter
 from loading.loaders import DeviceLoader
-from loading.samples import LabelMap
 from runtime.signals import StopRequest
-from utils import broadcast_json, rank
+from utils import broadcast_json, rank, versions
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ MAX_PRINTED_CLASSES = 30
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalSetup:
     """What models are scored on.
 
     Attributes:
@@ -46,20 +47,29 @@ class Scored:
 
     Attributes:
         result: COCO's figures, on every process.
-        report: The rest, on the first process.
+        analysis: The rest, on the first process.
         intervals: `bootstrap.metric_intervals`, on every process.
         losses: Of the images, see `validation_loss`, on every process; empty where not wanted.
     """
 
     result: EvalResult
-    report: Report | None
+    analysis: Analysis | None
     intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the evaluation as plain values: every figure by name, and beside them what they depend on."""
+        result = self.result
+        plain: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": self.intervals}
+        plain |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
+        if self.losses:
+            plain["val_loss"] = self.losses
+        return plain | (self.analysis.to_plain() if self.analysis is not None else {})
 
 
 def score_model(
     model: nn.Module,
-    evaluation: Evaluation,
+    setup: EvalSetup,
     *,
     stop: StopRequest | None = None,
     predictions_dir: Path | None = None,
@@ -68,14 +78,14 @@ def score_model(
 
     Args:
         model: Bare.
-        evaluation: On which images.
+        setup: On which images.
         stop: Ends the evaluation.
         predictions_dir: Where predictions go, the same on all processes; None writes none.
 
     Returns:
         The figures; None if a process was asked to stop.
     """
-    loader, evaluator, label_map = evaluation.loader, evaluation.evaluator, evaluation.label_map
+    loader, evaluator, label_map = setup.loader, setup.evaluator, setup.label_map
     writer = None
     if predictions_dir is not None:
         annotations, indices = evaluator.annotations, loader.dataset.indices
@@ -90,14 +100,14 @@ def score_model(
     if result is None:
         return None
     logger.info("%s", format_summary(result))
-    report = build_report(evaluator, result) if rank() == 0 else None
-    if report is not None and 1 < len(report.class_names) <= MAX_PRINTED_CLASSES:
-        logger.info("%s", format_classes(result, report))
-    intervals = broadcast_json(metric_intervals(evaluator, result) if rank() == 0 else None)
+    analysis = build_analysis(result) if rank() == 0 else None
+    if analysis is not None and 1 < len(analysis.class_names) <= MAX_PRINTED_CLASSES:
+        logger.info("%s", format_classes(result, analysis))
+    intervals = broadcast_json(metric_intervals(result) if rank() == 0 else None)
     if text := format_intervals(intervals):
         logger.info("%s", text)
     losses = {}
-    if evaluation.loss_loader is not None:
-        losses = validation_loss(model, evaluation.loss_loader)
+    if setup.loss_loader is not None:
+        losses = validation_loss(model, setup.loss_loader)
         logger.info("validation  %s", "  ".join(f"{name}: {value:.4f}" for name, value in losses.items()))
-    return Scored(result, report, intervals, losses)
+    return Scored(result, analysis, intervals, losses)

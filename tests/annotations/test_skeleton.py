@@ -5,6 +5,7 @@ import pytest
 
 from annotations.skeleton import (
     COCO_PERSON_KEYPOINTS,
+    COCO_PERSON_SIGMAS,
     Skeleton,
     check_flip_order,
     choose_sigmas,
@@ -12,7 +13,6 @@ from annotations.skeleton import (
     infer_flip_pairs,
 )
 from coco_eval import CocoEvaluator
-from evaluation.coco_metrics import COCO_PERSON_SIGMAS
 from evaluation.detections import Detections
 from evaluation.keypoint_errors import format_errors
 from helpers.coco_cases import to_annotations

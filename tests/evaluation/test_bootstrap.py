@@ -6,13 +6,13 @@ import pytest
 from evaluation.bootstrap import (
     MAX_WORK,
     RESAMPLED,
-    Outcomes,
     draw_weights,
     interval,
     metric_intervals,
     num_resamples,
     resample,
 )
+from evaluation.eval_result import SavedMatches
 from helpers.coco_cases import oracle, random_case
 from helpers.outcomes import drawn_outcomes, evaluate
 
@@ -44,7 +44,7 @@ def test_weights_are_images_that_stand_there_more_than_once(iou_type):
         for n, result in enumerate(rng.permutation(results)):  # equal scores in one image would change their order
             result["score"] = round(result["score"], 1) + n * 1e-6
         evaluator, result = evaluate(truth, results, iou_type)
-        outcomes = Outcomes.of(evaluator, result, iou_type)
+        outcomes = result.saved[iou_type]
         weights = np.stack([np.ones(len(truth["images"]), int), *rng.integers(0, 4, (3, len(truth["images"])))])
         resampled = resample(outcomes, weights)
         for b, counts in enumerate(weights.tolist()):
@@ -62,7 +62,7 @@ def test_weights_are_images_that_stand_there_more_than_once(iou_type):
 def test_figures_of_single_classes_are_those_of_the_evaluation():
     truth, results = random_case(3, "bbox")
     evaluator, result = evaluate(truth, results, "bbox")
-    outcomes = Outcomes.of(evaluator, result, "bbox")
+    outcomes = result.saved["bbox"]
     resampled = resample(outcomes, np.ones((1, len(outcomes.image_ids)), int))
     for k, name in enumerate(outcomes.class_names):
         for figure in RESAMPLED:
@@ -75,7 +75,7 @@ def test_figures_of_single_classes_are_those_of_the_evaluation():
 def test_only_evaluated_images_are_resampled():
     truth, results = random_case(12, "bbox")
     evaluator, result = evaluate(truth, results, "bbox", indices=np.array([0, 2]))
-    outcomes = Outcomes.of(evaluator, result, "bbox")
+    outcomes = result.saved["bbox"]
     ids = sorted(truth["images"][i]["id"] for i in (0, 2))
     assert outcomes.image_ids.tolist() == ids
     value = resample(outcomes, np.ones((1, 2), int)).figure("AP")[0]
@@ -85,9 +85,9 @@ def test_only_evaluated_images_are_resampled():
 def test_a_file_gives_back_what_was_saved(tmp_path):
     truth, results = random_case(3, "segm")
     evaluator, result = evaluate(truth, results, "segm")
-    outcomes = Outcomes.of(evaluator, result, "segm")
+    outcomes = result.saved["segm"]
     outcomes.save(tmp_path / "matches.npz")
-    read = Outcomes.load(tmp_path / "matches.npz")
+    read = SavedMatches.load(tmp_path / "matches.npz")
     for name in ("truth_images", "truth_categories", "image_ids", "thresholds", "recall_grid"):
         assert (getattr(read, name) == getattr(outcomes, name)).all()
     for a, b in zip(read.matches.columns(), outcomes.matches.columns()):
@@ -96,7 +96,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
         assert getattr(read, name) == getattr(outcomes, name)
     (tmp_path / "other.npz").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="other.npz: not the matches of an evaluation"):
-        Outcomes.load(tmp_path / "other.npz")
+        SavedMatches.load(tmp_path / "other.npz")
 
 
 def test_intervals_hold_as_often_as_they_say():
@@ -130,14 +130,14 @@ def test_the_number_of_resamples_is_bounded():
 def test_intervals_stand_beside_the_figures(monkeypatch):
     truth, results = random_case(3, "bbox")
     evaluator, result = evaluate(truth, results, "bbox")
-    of_boxes = metric_intervals(evaluator, result)["bbox"]
+    of_boxes = metric_intervals(result)["bbox"]
     assert of_boxes["resamples"] == 1000
     for name in RESAMPLED:
         low, high = of_boxes[name]
         assert 0 <= low <= result.metrics["bbox"][name] <= high <= 1 and low < high
     monkeypatch.setattr("evaluation.bootstrap.MAX_WORK", 1)
-    assert metric_intervals(evaluator, result) == {}
+    assert metric_intervals(result) == {}
     truth["annotations"] = []
     monkeypatch.undo()
     evaluator, result = evaluate(truth, results, "bbox")
-    assert metric_intervals(evaluator, result)["bbox"]["AP"] is None
+    assert metric_intervals(result)["bbox"]["AP"] is None

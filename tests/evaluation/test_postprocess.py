@@ -6,12 +6,12 @@ import torch
 from pycocotools import mask as mask_util
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from annotations.labels import LabelMap
 from coco_eval import CocoEvaluator
 from evaluation.detections import detections_from_output
 from evaluation.postprocess import blocks_of_masks, fast_scoring, select_ssd_detections
 from evaluation.results_files import rle_of_block
 from helpers.coco_cases import oracle, to_annotations
-from loading.samples import LabelMap
 from models.architectures import ModelSpec, build_model
 from pixels.masks import paste_blocks
 

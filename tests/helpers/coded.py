@@ -4,9 +4,10 @@ import numpy as np
 from torchvision.transforms import v2
 
 from annotations.findings import Findings
+from annotations.labels import LabelMap
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
-from loading.samples import DetectionDataset, LabelMap
+from loading.samples import DetectionDataset
 from presets import build_transforms
 
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 
+from annotations.object_masks import mask_block
 from coco_eval import CocoEvaluator
-from evaluation.analysis import build_report
+from evaluation.analysis import build_analysis
 from evaluation.bootstrap import metric_intervals
 from evaluation.detections import Detections
 from evaluation.results_files import PredictionWriter
-from loading.samples import mask_block
 from pixels.masks import EMPTY_BLOCK
 from report.page import publish
-from runtime.run_folder import append_metrics, describe_scores
+from runtime.run_folder import append_metrics
 from training.evaluate_model import Scored
 
 KINDS = {"mask": ["bbox", "segm"], "keypoint": ["bbox", "keypoints"]}
@@ -51,8 +51,8 @@ def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions
         writer.add([image_id], [detections])
     writer.close()
     result = evaluator.compute()
-    scored = Scored(result, build_report(evaluator, result), metric_intervals(evaluator, result))
-    scores = describe_scores(scored)
+    scored = Scored(result, build_analysis(result), metric_intervals(result))
+    scores = scored.to_plain()
     append_metrics(run_dir, epoch, {"loss": 1.0, "lr": 0.1, "seconds": 1.0}, scores)
     predictions_dir = run_dir if with_predictions else None
     publish(run_dir, evaluator, scored, data.val, epoch=epoch, predictions_dir=predictions_dir, **options)

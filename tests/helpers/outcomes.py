@@ -5,10 +5,8 @@ import copy
 import numpy as np
 
 from coco_eval import CocoEvaluator
-from evaluation.bootstrap import (
-    Outcomes,
-)
 from evaluation.coco_matching import Matches
+from evaluation.eval_result import SavedMatches
 from helpers.coco_cases import to_annotations, to_detections
 
 
@@ -37,7 +35,7 @@ def drawn_outcomes(rng, num_images=60, num_classes=6, quality=1.0):
     bits = bits.astype(np.uint64)
     matches = Matches(images.astype(np.int32), categories.astype(np.int16), zeros, zeros, scores, bits, 0 * bits)
     truth_images, truth_categories = (np.array(column) for column in zip(*truths))
-    return Outcomes(
+    return SavedMatches(
         matches.sorted(),
         truth_images.astype(np.int32),
         truth_categories.astype(np.int16),

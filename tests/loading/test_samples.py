@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import v2
 
 from annotations.findings import Findings
+from annotations.labels import LabelMap
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
@@ -16,7 +17,7 @@ from helpers.drawn import draw_coco
 from loading.collate import collate_fn, unpack
 from loading.copy_paste import CopyPaste, paste_objects
 from loading.loaders import DeviceLoader
-from loading.samples import DetectionDataset, LabelMap
+from loading.samples import DetectionDataset
 from loading.splits import label_map_for
 from pixels.masks import paste_blocks
 from presets import PRESETS, build_transforms

@@ -82,7 +82,7 @@ def check_tables(folder, result, report, intervals):
 def test_the_tables_hold_the_evaluations_numbers(task, request, tmp_path):
     data, out = request.getfixturevalue(f"{task}_data"), tmp_path / "run"
     evaluator, scored = evaluate_once(data, out, task, epoch=0, noise=1.5)
-    result, report = scored.result, scored.report
+    result, report = scored.result, scored.analysis
     assert 0.1 < result.metrics["bbox"]["AP"] < 1  # else equal numbers would say little
     for folder in (out / "eval", out / "best"):
         check_tables(folder, result, report, scored.intervals)
@@ -103,7 +103,7 @@ def test_images_are_judged_by_the_f1_of_their_boxes(mask_data, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(mask_data.val.annotations)
     objects, detections, hits = (sum(int(row[c]) for row in rows) for c in ("objects", "detections", "hits"))
-    threshold = scored.report.score_threshold
+    threshold = scored.analysis.score_threshold
     # The threshold is the one of the best F1 over all boxes: the images' counts must add up to that F1.
     matches = scored.result.matches["bbox"]
     best = max(
@@ -114,7 +114,7 @@ def test_images_are_judged_by_the_f1_of_their_boxes(mask_data, tmp_path):
     assert 2 * hits / (objects + detections) == pytest.approx(best)
     f1 = [float(row["f1"]) for row in rows if row["f1"]]
     assert f1 == sorted(f1) and threshold > 0
-    ranked = score_images(evaluator, scored.result, threshold).ranked()
+    ranked = score_images(scored.result, threshold).ranked()
     ids = mask_data.val.annotations.image_ids
     assert [int(row["image_id"]) for row in rows[: len(ranked)]] == ids[ranked].tolist()
 

@@ -1,0 +1,47 @@
+"""The model's labels and the categories of the dataset that they stand for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The model's labels and what they mean in the dataset; label 0 is background.
+
+    Attributes:
+        category_ids: The category id of every label from 1 on; -1 for a label without a category.
+        names: The class name of every label from 1 on.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, background included."""
+        return len(self.category_ids) + 1
+
+    def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
+        """Return the int64 label of every category id; all of them must be known."""
+        sorted_ids, labels = self._sorted
+        positions = np.searchsorted(sorted_ids[:-1], category_ids)
+        assert (sorted_ids[positions] == category_ids).all(), "a category that has no label"
+        return labels[positions]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        known = np.array(self.category_ids, dtype=np.int64)
+        order = np.argsort(known, kind="stable")
+        return known[order], order + 1
+
+    def categories_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return the category id of every label, -1 where it has none."""
+        return np.array((-1, *self.category_ids), dtype=np.int64)[labels]
+
+    @classmethod
+    def contiguous(cls, categories: Sequence[tuple[int, str]]) -> "LabelMap":
+        """Number categories 1..C in the order of their ids."""
+        return cls(tuple(id_ for id_, _ in categories), tuple(name for _, name in categories))
