@@ -4,18 +4,20 @@ The data and model flags are functions of their own, for other commands that loo
 """
 
 import argparse
+import datetime
 import logging
 import math
 from pathlib import Path
 
 from annotations.findings import ON_BAD_DATA
 from coco_eval import OKS_AREAS
-from engine import ON_NAN
 from evaluation.coco_metrics import DETECTION_SUMMARY, KEYPOINT_SUMMARY
 from loading.splits import DATASETS, Data, Source
 from models.architectures import ARCHITECTURES, IOU_TYPES, ModelSpec
 from models.weights import find_backbone_weights, find_model_weights
-from optimization.optimizer import OPTIMIZERS, SCHEDULERS
+from optimization.optimizer import OPTIMIZERS
+from optimization.schedule import SCHEDULERS
+from optimization.step import ON_NAN
 from presets import PRESETS, RESIZING_PRESETS
 from utils import choose_device
 
@@ -195,12 +197,12 @@ def _optimizer_name(text: str) -> str:
     return text
 
 
-def _interval(text: str) -> int | str:
+def _interval(text: str) -> int | datetime.timedelta:
     """Read --checkpoint-every: a number of updates, or minutes such as 15m."""
     number = text.removesuffix("m")
     if not number.isdecimal() or int(number) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected updates, such as 500, or minutes, such as 15m")
-    return text if text.endswith("m") else int(number)
+    return datetime.timedelta(minutes=int(number)) if text.endswith("m") else int(number)
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -117,8 +117,11 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         """Yield this process's batches as lists of (epoch, index)."""
         batches = self.epoch_batches(self.epoch)
         for step in range(len(self)):
-            position = self.first_batch + step * self.world_size + self.rank
-            yield [(self.epoch, int(i)) for i in batches[position % self.num_batches]]
+            yield [(self.epoch, int(i)) for i in batches[self.batch_number(step) % self.num_batches]]
+
+    def batch_number(self, step: int) -> int:
+        """Return which batch of the global list this process has in ``step``; past its end where it repeats one."""
+        return self.first_batch + step * self.world_size + self.rank
 
     def done_after(self, steps: int) -> int:
         """Return how many batches of the global list are done after ``steps`` steps of this epoch."""
@@ -132,7 +135,7 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         """
         start = self.first_batch + (step // accumulate) * accumulate * self.world_size
         real = min(accumulate * self.world_size, self.num_batches - start)
-        exists = self.first_batch + step * self.world_size + self.rank < self.num_batches
+        exists = self.batch_number(step) < self.num_batches
         return self.world_size / real if exists else 0.0
 
     def epoch_batches(self, epoch: int) -> np.ndarray:

@@ -10,37 +10,52 @@ Only evaluate:
 
 import argparse
 import contextlib
+import datetime
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coco_eval import CocoEvaluator
-from engine import NonFiniteLossError, Progress
+from engine import train_one_epoch
 from flags import check_args, data_source, get_args_parser, keeps_negatives, log_ineffective_flags, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
 from loading.splits import Data, load_data
-from models.acceleration import compile_backbone, distribute, profile_steps, typical_input, use_channels_last
+from models.acceleration import (
+    broadcast_buffers,
+    compile_backbone,
+    distribute,
+    profile_steps,
+    typical_input,
+    use_channels_last,
+)
 from models.architectures import ARCHITECTURES, ModelSpec
 from models.weights import build_start_model
-from optimization.optimizer import LearningRate, build_optimizer, choose_amp, default_warmup
+from optimization.optimizer import build_optimizer
+from optimization.precision import choose_amp
+from optimization.schedule import LearningRate, default_warmup
+from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint, rebuild_model
 from runtime.machine import explain_failure, prepare_process
-from runtime.run_folder import RunFolder, append_metrics, choose_output_dir, plain_flags
-from runtime.signals import StopRequest, die_with_parent
-from training.epochs import EpochOptions, TrainingState, train_epochs
-from training.evaluate_model import EvalSetup, score_model
+from runtime.progress import Progress
+from runtime.run_folder import RunFolder, choose_output_dir, continues_run, plain_flags
+from runtime.signals import StopRequest, agree_to_stop, die_with_parent
+from runtime.step_guard import NonFiniteLossError
+from runtime.trackers import CallEachStep, Tracker, append_metrics
+from training.evaluate_model import EvalSetup, evaluate_model
 from training.run_plan import Plan, rehearse
+from training.state import EndOfUpdate, TrainingState
 from training.verify_resume import Probe, ResumeCheckError, check_resume
 from utils import (
     Distributed,
@@ -90,10 +105,7 @@ def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
 
 
 def main(
-    args: argparse.Namespace,
-    distributed: Distributed,
-    stop: StopRequest,
-    on_losses: Callable[[Progress, Tensor], None] = lambda progress, losses: None,
+    args: argparse.Namespace, distributed: Distributed, stop: StopRequest, trackers: Sequence[Tracker] = ()
 ) -> int:
     """Run what the flags say; returns the exit code.
 
@@ -101,7 +113,7 @@ def main(
         args: The flags.
         distributed: This process.
         stop: Its wish to stop.
-        on_losses: Called in every step, see `train_one_epoch`.
+        trackers: Told of every step, see `train_one_epoch`.
     """
     device = distributed.device
 
@@ -116,74 +128,81 @@ def main(
         check_same_everywhere("data", data.fingerprint())
 
         # Model
-        model, spec = start_model(args, data, checkpoint, distributed)
-        evaluation = build_evaluation(args, data, spec, distributed)
+        bare_model, spec = start_model(args, data, checkpoint, distributed)
+        eval_setup = build_eval_setup(args, data, spec, distributed)
     if args.test_only:
-        return test(args, data, model, evaluation, stop)
+        return evaluate_only(args, data, bare_model, eval_setup, stop)
 
     with errors_in_one_line():
-        # Optimizer, schedule, batches
-        amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
+        # Batches, schedule, optimizer
         train_loader, sampler = build_batches(args, data, spec, distributed)
         learning_rate = build_learning_rate(args, sampler)
-        optimizer = build_optimizer(
-            model,
-            args.opt,
-            lr=learning_rate.base,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            norm_weight_decay=args.norm_weight_decay,
-        )
-        average = WeightAverage(model, args.ema) if args.ema else None
-        flags, start = plain_flags(vars(args)), Progress(epoch=args.start_epoch)
-        state = TrainingState(model, spec, optimizer, scaler, average, data, flags, sampler.describe(), start)
+        options = build_step_options(args, device, output_dir)
+        state = build_state(args, data, bare_model, spec, learning_rate.base, options.scaler, sampler.describe())
         if checkpoint is not None:
             state.restore(checkpoint)
         if args.compile:
-            compile_backbone(model, typical_input(spec, sampler.batch_size, device), amp_dtype)
-        model = distribute(model, device, args.accumulate)
+            compile_backbone(bare_model, typical_input(spec, sampler.batch_size, device), options.amp_dtype)
+        model = distribute(bare_model, device, args.accumulate)
 
         # Plan
         plan = Plan(state, train_loader, learning_rate, args.accumulate, output_dir, args.keep_checkpoints)
         logger.info("%s", plan.describe())
         plan.check_output()
-        output = None
-        if output_dir is not None and not args.dry_run:
-            output = RunFolder(output_dir, keep=args.keep_checkpoints)
-            state.forget_other_best(output.best_epoch())
-    if args.dry_run:
-        logger.info("%s", rehearse(plan, model, amp_dtype))
-        return 0
+        if args.dry_run:
+            logger.info("%s", rehearse(plan, model, options))
+            return 0
+        output = RunFolder(output_dir, args.keep_checkpoints, continued=continues_run(args.resume, output_dir))
+        state.reset_stale_best(output.best_epoch())
+        output.write_args(state.flags)
 
     # Epochs
-    if output is not None:
-        output.write_args(state.flags)
-    options = EpochOptions(
-        args.epochs, args.eval_every, args.best_metric, args.early_stop, args.checkpoint_every, args.save_predictions
-    )
+    progress, started = state.progress, time.monotonic()
+    predictions_dir = output_dir if args.save_predictions else None
     with profile_steps(args.profile if distributed.is_main else 0, output_dir, device) as end_step:
+        trackers = [*trackers, CallEachStep(end_step), EndOfUpdate(state, output, args.checkpoint_every)]
+        while not agree_to_stop(stop):
+            if progress.eval_due:
+                broadcast_buffers(state.scored_model)
+                scored = evaluate_model(state.scored_model, eval_setup, stop=stop, predictions_dir=predictions_dir)
+                if scored is None:  # asked to stop meanwhile: the evaluation starts again when the run is continued
+                    continue
+                epoch, is_best = progress.epoch - 1, state.end_evaluation(scored.to_plain(), args.best_metric)
+                for tracker in output.trackers:
+                    tracker.on_scores(epoch, state.averages, state.metrics)
+                if output.path is not None and distributed.is_main:
+                    publish(output.path, eval_setup.evaluator, scored, data.val, epoch, predictions_dir, is_best)
+                output.save(state.content(), epoch_done=epoch, is_best=is_best)
+            if progress.epoch >= args.epochs or state.is_stale(args.early_stop):
+                return finish(args, state, output, time.monotonic() - started)
+            sampler.set_epoch(progress.epoch, progress.batches)
+            averages = train_one_epoch(
+                model,
+                state.optimizer,
+                train_loader,
+                progress=progress,
+                learning_rate=learning_rate,
+                options=options,
+                stop=stop,
+                trackers=trackers,
+            )
+            epoch_done = state.end_epoch(averages, sampler.num_batches, args.eval_every, args.epochs)
+            if epoch_done is not None:
+                for tracker in output.trackers:
+                    tracker.on_epoch(epoch_done, state.averages)
+            output.save(state.content(), epoch_done=epoch_done)
+    logger.info("asked to stop: %s%s", state.where_stopped(), ", NOT saved" if output.last_save_failed else "")
+    return int(output.last_save_failed)
 
-        def note_step(progress: Progress, losses: Tensor) -> None:
-            on_losses(progress, losses)
-            end_step()
 
-        return train_epochs(
-            state,
-            model,
-            train_loader,
-            evaluation,
-            learning_rate,
-            stop,
-            options,
-            output,
-            seed=args.seed,
-            amp_dtype=amp_dtype,
-            accumulate=args.accumulate,
-            clip_grad_norm=args.clip_grad_norm,
-            print_freq=args.print_freq,
-            on_nan=args.on_nan,
-            on_losses=note_step,
-        )
+def finish(args: argparse.Namespace, state: TrainingState, output: RunFolder, seconds: float) -> int:
+    """Say how the training ended; returns the exit code."""
+    if state.is_stale(args.early_stop):
+        logger.info("no better evaluation in the last %d: stopping early", args.early_stop)
+    logger.info("training took %s", datetime.timedelta(seconds=int(seconds)))
+    if output.last_save_failed:
+        logger.error("the end of the training is NOT saved: the last checkpoint could not be written")
+    return int(output.last_save_failed)
 
 
 def start_model(
@@ -216,7 +235,7 @@ def start_model(
     return model, spec
 
 
-def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed) -> EvalSetup:
+def build_eval_setup(args: argparse.Namespace, data: Data, spec: ModelSpec, distributed: Distributed) -> EvalSetup:
     """Return what models are scored on."""
     options = {"batch_size": args.eval_batch_size, "workers": args.workers}
     loss_loader = None
@@ -233,15 +252,17 @@ def build_evaluation(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
     return EvalSetup(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
 
 
-def test(args: argparse.Namespace, data: Data, model: nn.Module, evaluation: EvalSetup, stop: StopRequest) -> int:
+def evaluate_only(
+    args: argparse.Namespace, data: Data, model: nn.Module, eval_setup: EvalSetup, stop: StopRequest
+) -> int:
     """Score the model; results are written only where ``--output-dir`` is given."""
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
     predictions_dir = folder if args.save_predictions else None
-    scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
+    scored = evaluate_model(model, eval_setup, stop=stop, predictions_dir=predictions_dir)
     if folder is not None and scored is not None and rank() == 0:
         append_metrics(folder, None, {}, scored.to_plain())
-        publish(folder, evaluation.evaluator, scored, data.val, epoch=None, predictions_dir=predictions_dir)
+        publish(folder, eval_setup.evaluator, scored, data.val, None, predictions_dir)
     return 0
 
 
@@ -273,13 +294,51 @@ def build_learning_rate(args: argparse.Namespace, sampler: GroupedBatchSampler) 
     return LearningRate(base, args.epochs, args.lr_scheduler, args.lr_steps, args.lr_gamma, warmup)
 
 
+def build_step_options(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> StepOptions:
+    """Return how the steps of the run go."""
+    amp_dtype, scaler = choose_amp(args.amp_dtype, device) if args.amp else (None, None)
+    return StepOptions(
+        seed=args.seed,
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+        accumulate=args.accumulate,
+        clip_grad_norm=args.clip_grad_norm,
+        on_nan=args.on_nan,
+        print_freq=args.print_freq,
+        debug_folder=output_dir,
+    )
+
+
+def build_state(
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    spec: ModelSpec,
+    base_lr: float,
+    scaler: torch.amp.GradScaler | None,
+    order: dict[str, Any],
+) -> TrainingState:
+    """Return the run at its start: optimizer and averaged weights for a bare model."""
+    optimizer = build_optimizer(
+        model,
+        args.opt,
+        lr=base_lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        norm_weight_decay=args.norm_weight_decay,
+    )
+    average = WeightAverage(model, args.ema) if args.ema else None
+    flags, start = plain_flags(vars(args)), Progress(epoch=args.start_epoch)
+    return TrainingState(model, spec, optimizer, scaler, average, data, flags, order, start)
+
+
 def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: StopRequest) -> int:
     """Prove on the user's own data and flags that resuming changes nothing; returns 0 if so, else 1."""
     stop.remove()  # there is nothing to save
 
     def train(output_dir: str, resume: str, probe: Probe) -> int:
         changes = {"output_dir": output_dir, "resume": resume, "eval_every": 0, "dry_run": False}
-        return main(argparse.Namespace(**{**vars(args), **changes}), distributed, probe, probe.note)
+        return main(argparse.Namespace(**{**vars(args), **changes}), distributed, probe, [probe])
 
     try:
         same = check_resume(train, args.resume, args.verify_resume)

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import logging
+import logging.handlers
 import os
 import re
 import resource
@@ -75,7 +76,23 @@ def setup_logging(is_main: bool) -> None:
     handler = _LinesAboveBars(sys.stdout)
     prefix = "" if is_main else f"[rank {os.environ.get('RANK', '?')}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, handlers=[handler], force=True)
+    # What is said before the run has a folder waits here for its log file.
+    early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, handlers=[handler, early], force=True)
+
+
+def log_to_file(path: Path) -> None:
+    """Write all that was and will be logged by this process at the end of a file, with the time of every line."""
+    root = logging.getLogger()
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(file)
+            handler.flush()
+        if isinstance(handler, (logging.handlers.MemoryHandler, logging.FileHandler)):
+            root.removeHandler(handler)
+    root.addHandler(file)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -23,13 +23,17 @@ from step import logging_loop
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as tvf
 
-from engine import Progress, train_one_epoch
+from engine import train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import build_train_loader
 from loading.splits import Source, load_data
 from models.acceleration import compile_backbone, typical_input, use_channels_last
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
-from optimization.optimizer import LearningRate, build_optimizer, choose_amp
+from optimization.optimizer import build_optimizer
+from optimization.precision import choose_amp
+from optimization.schedule import LearningRate
+from optimization.step import StepOptions
+from runtime.progress import Progress
 from runtime.signals import StopRequest
 from utils import Distributed
 
@@ -192,11 +196,8 @@ def run_engine(model, optimizer, loader, scaler, amp_dtype):
         loader,
         progress=Progress(),
         learning_rate=LearningRate(1e-4, 1),
-        seed=0,
+        options=StepOptions(scaler=scaler, amp_dtype=amp_dtype),
         stop=StopRequest(),
-        scaler=scaler,
-        amp_dtype=amp_dtype,
-        print_freq=20,
     )
 
 

@@ -19,10 +19,13 @@ from common import machine, table
 from torch import nn
 from waits import count_waits
 
-from engine import Progress, train_one_epoch
+from engine import train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
-from optimization.optimizer import LearningRate, build_optimizer
+from optimization.optimizer import build_optimizer
+from optimization.schedule import LearningRate
+from optimization.step import StepOptions
+from runtime.progress import Progress
 from runtime.signals import StopRequest
 
 CPU = torch.device("cpu")
@@ -102,9 +105,8 @@ def engine_loop(model, optimizer, loader, print_freq=10**9):
         loader,
         progress=Progress(),
         learning_rate=LearningRate(1e-4, 1),
-        seed=0,
+        options=StepOptions(print_freq=print_freq),
         stop=StopRequest(),
-        print_freq=print_freq,
     )
 
 

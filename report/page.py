@@ -16,7 +16,8 @@ from coco_eval import CocoEvaluator
 from loading.splits import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
-from runtime.run_folder import BEST, NEWEST, is_installed, read_metrics, read_summary
+from runtime.run_folder import BEST, NEWEST, is_installed, read_summary
+from runtime.trackers import read_metrics
 from training.evaluate_model import Scored
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ def publish(
     evaluator: CocoEvaluator,
     scored: Scored,
     split: Split,
-    *,
     epoch: int | None,
     predictions_dir: Path | None = None,
     is_best: bool | None = None,

@@ -4,15 +4,19 @@ import datetime
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from runtime.trackers import StepRecord
 from utils import all_reduce_sum, peak_memory_mb, rank, world_size
 
 logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
 
 
 def progress_bar(title: str, total: int, unit: str = "batch") -> tqdm:
@@ -44,24 +48,23 @@ class EpochLog:
         self.start = self.last_print = time.perf_counter()
         self.bar = progress_bar(title, num_steps)
 
-    def step(self, names: Sequence[str], losses: Tensor, *, lr: float, num_images: int, wait: float) -> None:
-        """Note one step.
+    def time_waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield ``batches`` and note how long each was waited for."""
+        asked_at = time.perf_counter()
+        for batch in batches:
+            self.wait += time.perf_counter() - asked_at
+            yield batch
+            asked_at = time.perf_counter()
 
-        Args:
-            names: Of the loss terms.
-            losses: float [len(names)], on the device.
-            lr: Rate of the step's update.
-            num_images: Images of this process.
-            wait: Seconds spent waiting for the batch.
-        """
-        self.names = list(names)
-        self.pending.append(losses)
-        self.images += num_images
-        self.wait += wait
+    def step(self, record: StepRecord) -> None:
+        """Note one step."""
+        self.names = record.names
+        self.pending.append(record.losses)
+        self.images += len(record.images)
         self.count += 1
         self.bar.update()
         if self.count % self.print_freq == 0 or self.count == self.num_steps or self.count == 1:
-            self._print(lr)
+            self._print(record.lr)
 
     def _flush(self) -> Tensor:
         """Return the mean of the pending losses over steps and ranks, on the CPU, and add them to the totals."""

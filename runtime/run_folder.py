@@ -1,8 +1,8 @@
 """The folder of a run: where it lies and what is written into it beside checkpoints."""
 
-import contextlib
 import datetime
 import functools
+import itertools
 import json
 import logging
 import os
@@ -15,16 +15,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import CheckpointFolder, lock_folder, write_atomically
-from utils import broadcast_json, rank, versions, world_size
+from runtime.checkpoint import CheckpointFolder, lock_folder
+from runtime.trackers import METRICS, Tracker, build_trackers
+from utils import broadcast_json, log_to_file, rank, versions, world_size
 
 logger = logging.getLogger(__name__)
-
-SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
 
 # Folders of the newest and of the best evaluation's files, below the run's.
 NEWEST, BEST = "eval", "best"
 SUMMARY = "summary.json"
+ARGS = "args.json"
 
 
 @functools.cache
@@ -59,20 +59,33 @@ def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path
 class RunFolder:
     """The folder that a training writes into; only the first process writes, and only it may.
 
+    A run that is not continued is never written over: its folder is moved aside, whole.
+
     Args:
-        path: The folder, the same on all processes.
+        path: The folder, the same on all processes; None writes nothing.
         keep: How many ``model_N.pth`` stay; 0 keeps all.
+        continued: Whether the run that the folder may hold goes on.
 
     Raises:
-        ValueError: Another run writes there.
+        ValueError: Another run writes there, or the run that is there cannot be moved aside.
     """
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
+    def __init__(self, path: Path | None, keep: int = 0, *, continued: bool = False) -> None:
         self.path = path
-        self.lock = lock_folder(path) if rank() == 0 else None
-        self.checkpoints = CheckpointFolder(path / "weights", keep) if rank() == 0 else None
-        self.events = _open_events(path) if rank() == 0 else None
+        self.trackers: list[Tracker] = []
+        self.checkpoints: CheckpointFolder | None = None
         self.saved_at = time.monotonic()
+        if path is None or rank() != 0:
+            return
+        self.lock = lock_folder(path)
+        if holds_run(path) and not continued:
+            aside = move_aside(path)
+            self.lock.close()
+            self.lock = lock_folder(path)
+            logger.warning("%s held a run that is not continued (--resume auto would): it is now %s", path, aside)
+        log_to_file(path / "log.txt")
+        self.checkpoints = CheckpointFolder(path / "weights", keep)
+        self.trackers = build_trackers(path)
 
     @property
     def last_save_failed(self) -> bool:
@@ -81,7 +94,7 @@ class RunFolder:
 
     def best_epoch(self) -> int | None:
         """Return the epoch that ``best/`` and ``weights/best.pth`` are of, the same on all processes."""
-        return broadcast_json(read_summary(self.path / BEST).get("epoch"))
+        return broadcast_json(read_summary(self.path / BEST).get("epoch") if self.path and rank() == 0 else None)
 
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:
         """Write a checkpoint, see `CheckpointFolder.save`."""
@@ -91,7 +104,7 @@ class RunFolder:
 
     def write_args(self, flags: dict[str, Any]) -> None:
         """Write ``args.json``: flags, command line, versions, git commit of the suite, host and time."""
-        if rank() != 0:
+        if self.path is None or rank() != 0:
             return
         content = {
             "args": flags,
@@ -103,48 +116,45 @@ class RunFolder:
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "args.json").write_text(json.dumps(content, indent=1) + "\n")
-
-    def add_epoch(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
-        """Note an epoch's losses and times and its scores, see `append_metrics`."""
-        if rank() != 0:
-            return
-        append_metrics(self.path, epoch, averages, scores)
-        if self.events is not None:
-            figures = {"train": averages, **{kind: scores[kind] for kind in SCORE_KINDS if kind in scores}}
-            for kind, values in figures.items():
-                for name, value in values.items():
-                    if isinstance(value, float):
-                        self.events.add_scalar(f"{kind}/{name}", value, epoch)
-            self.events.flush()
+        (self.path / ARGS).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `Scored.to_plain`.
+def continues_run(resume: str, path: Path | None) -> bool:
+    """Return whether ``--resume`` goes on with the run in a folder: ``auto``, or a checkpoint that lies in it."""
+    if path is None or not resume:
+        return False
+    return resume == "auto" or Path(resume).resolve().is_relative_to(path.resolve())
 
-    Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
 
-    Args:
-        folder: Of the run.
-        epoch: From 0; None for an evaluation alone.
-        averages: See `train_one_epoch`.
-        scores: See `Scored.to_plain`.
+def holds_run(folder: Path) -> bool:
+    """Return whether a training or an evaluation has written into a folder."""
+    return (folder / METRICS).exists() or any((folder / "weights").glob("*.pth"))
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a run's folder to its name with the time of its start, and return the new name.
+
+    Raises:
+        ValueError: It cannot be moved.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]
-    if epoch is not None:
-        lines = [line for line in lines[:-1] if line["epoch"] is None or line["epoch"] < epoch] + lines[-1:]
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def _open_events(path: Path) -> Any:
-    """Return a TensorBoard writer, or None where tensorboard is not installed."""
+    remedy = "continue it with --resume auto, or choose another --output-dir"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: holds a run, and cannot be moved aside as it is the working folder; {remedy}")
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.info("no TensorBoard events; pip install tensorboard for them")
-        return None
-    return SummaryWriter(log_dir=str(path))
+        started = datetime.datetime.fromisoformat(json.loads((folder / ARGS).read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        started = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
+    name = f"{folder.name}_{started:%Y%m%d-%H%M%S}"
+    aside = folder.with_name(name)
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = folder.with_name(f"{name}-{number}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise ValueError(f"{folder}: holds a run, and cannot be moved aside ({error.strerror}); {remedy}") from None
+    return aside
 
 
 def _git_commit() -> str | None:
@@ -172,16 +182,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid json ({error})") from None
     return content if isinstance(content, dict) else {}
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl``; one that was cut off by a full disk or a kill is left out."""
-    path = folder / "metrics.jsonl"
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
 
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,17 @@ import torch
 from torch import nn
 
 from benchmarks.waits import count_waits
-from engine import NonFiniteLossError, Progress, evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from helpers.ranks import run_on_ranks
 from helpers.toy import ToyLoader, ToyModel
-from optimization.optimizer import LearningRate, build_optimizer, update_parameters
+from optimization.optimizer import build_optimizer
+from optimization.schedule import LearningRate
+from optimization.step import StepOptions, update_parameters
+from runtime.progress import Progress
 from runtime.signals import StopRequest
+from runtime.step_guard import NonFiniteLossError
+from runtime.trackers import Tracker
 
 
 def sampler(num_images=12, **options):
@@ -21,7 +26,7 @@ def sampler(num_images=12, **options):
     return GroupedBatchSampler(np.full(num_images, 4), np.full(num_images, 4), **options)
 
 
-def train(model, *, stop=None, loader=None, progress=None, **options):
+def train(model, *, stop=None, loader=None, progress=None, trackers=(), **options):
     optimizer = build_optimizer(model, "sgd", lr=0.05, momentum=0.9, weight_decay=0.0)
     progress = Progress() if progress is None else progress
     averages = train_one_epoch(
@@ -30,9 +35,9 @@ def train(model, *, stop=None, loader=None, progress=None, **options):
         ToyLoader(sampler()) if loader is None else loader,
         progress=progress,
         learning_rate=LearningRate(0.05, 1),
-        seed=0,
+        options=StepOptions(**{"print_freq": 3, **options}),
         stop=StopRequest() if stop is None else stop,
-        **{"print_freq": 3, **options},
+        trackers=trackers,
     )
     return averages, progress
 
@@ -147,7 +152,7 @@ def test_with_a_scaler_a_bad_loss_of_finite_gradients_changes_nothing_either():
     for bad in (1.0, 0.0):
         before = model.weight.detach().clone()
         scaler.scale(model(torch.ones(1, 3)).sum()).backward()
-        assert float(update_parameters(optimizer, scaler, None, torch.tensor(bad))) == bad
+        assert float(update_parameters(optimizer, StepOptions(scaler=scaler), torch.tensor(bad))) == bad
         assert torch.equal(model.weight, before) == bool(bad)
         assert torch.isfinite(model.weight).all() and scaler.get_scale() == 512.0
 
@@ -160,7 +165,7 @@ def test_an_update_with_the_flag_set_changes_nothing(name):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         state = repr(optimizer.state_dict())
         model(torch.randn(2, 3)).sum().backward()
-        update_parameters(optimizer, None, None, torch.tensor(flag))
+        update_parameters(optimizer, StepOptions(), torch.tensor(flag))
         changed = any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert changed == (flag == 0.0)
         if flag:
@@ -178,7 +183,7 @@ def test_the_first_update_can_be_left_out():
     reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for step, gradient in enumerate(gradients):
         left_out.weight.grad = gradient.clone()
-        update_parameters(optimizer, None, None, torch.tensor(float(step == 0)))
+        update_parameters(optimizer, StepOptions(), torch.tensor(float(step == 0)))
         if step:
             plain.weight.grad = gradient.clone()
             reference.step()
@@ -190,11 +195,11 @@ def test_clipping_limits_the_gradient_and_a_bad_norm_skips():
     optimizer = build_optimizer(model, "sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
     before = model.weight.detach().clone()
     (model(torch.tensor([[300.0, 400.0]])).sum() * 10).backward()
-    update_parameters(optimizer, None, 0.5, torch.tensor(0.0))
+    update_parameters(optimizer, StepOptions(clip_grad_norm=0.5), torch.tensor(0.0))
     assert float((model.weight - before).norm()) == pytest.approx(0.5, rel=1e-4)
     before = model.weight.detach().clone()
     (model(torch.tensor([[1.0, 1.0]])).sum() * float("inf")).backward()
-    update_parameters(optimizer, None, 0.5, torch.tensor(0.0))
+    update_parameters(optimizer, StepOptions(clip_grad_norm=0.5), torch.tensor(0.0))
     assert torch.equal(model.weight, before)
 
 
@@ -213,14 +218,9 @@ def test_bfloat16_autocast_trains_on_the_cpu():
 
 def test_a_stop_ends_after_the_current_update():
     stop = StopRequest()
-    seen = []
-
-    def after_update():
-        seen.append(1)
-        if len(seen) == 2:
-            stop.signal_name = "SIGTERM"
-
-    _, progress = train(fresh(), stop=stop, after_update=after_update)
+    tracker = Tracker()
+    tracker.on_update = lambda record: setattr(stop, "signal_name", "SIGTERM") if record.updates == 2 else None
+    _, progress = train(fresh(), stop=stop, trackers=[tracker])
     assert progress.updates == 3 and progress.batches == 3
 
 

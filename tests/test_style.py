@@ -2,57 +2,95 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
 from helpers.drawn import ROOT
 
-FILES = {path.stem: path for path in ROOT.glob("*.py")}
+# The floor plan, from the ground up. A file imports from lower floors, or from its own folder without a circle.
+FLOORS = (
+    ("utils", "optimization", "pixels"),
+    ("annotations", "models", "transforms", "group_by_aspect_ratio"),
+    ("runtime", "presets", "coco_utils"),
+    ("evaluation", "custom_dataset"),
+    ("loading", "compare"),
+    ("coco_eval", "inference"),
+    ("engine", "sigmas", "score", "export"),
+    ("training", "flags"),
+    ("report",),
+    ("train", "predict", "inspection"),
+    ("check_dataset",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Verbs are run, nouns are imported.
-VERBS = {"train", "score", "predict", "export", "check_dataset", "compare", "sigmas"} & set(FILES)
-NOUNS = set(FILES) - VERBS
+VERBS = {"train", "score", "predict", "export", "check_dataset", "compare", "sigmas"}
+
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+# Every file by its module name.
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted([*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))])
+}
+NOUNS = sorted(set(FILES) - VERBS)
 
 
 def imports(name):
+    """Return the modules of the suite that a module imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module.split(".")[0])
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name}: an import says where a thing lives"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
     return found & set(FILES)
 
 
+def climbs(name, others):
+    """Return which of the modules that ``name`` imports do not lie on a lower floor or in its folder."""
+    room = name.split(".")[0]
+    return {o for o in others if o.split(".")[0] != room and FLOOR_OF[o.split(".")[0]] >= FLOOR_OF[room]}
+
+
+def test_every_file_has_its_floor():
+    assert {name.split(".")[0] for name in FILES} == set(FLOOR_OF)
+    assert len(list(ROOT.glob("*.py"))) < 20
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_do_not_climb(name):
+    assert not climbs(name, imports(name))
+
+
+def test_an_import_that_climbs_is_found():
+    assert climbs("pixels.masks", {"utils", "annotations.arrays", "pixels.images"}) == {"utils", "annotations.arrays"}
+    assert climbs("engine", {"coco_eval", "training.epochs"}) == {"training.epochs"}
+
+
 def test_imports_have_no_circle():
-    floors: dict[str, int] = {}
-    while len(floors) < len(FILES):
-        free = [name for name in FILES if name not in floors and imports(name) <= set(floors)]
-        assert free, f"a circle among {sorted(set(FILES) - set(floors))}"
-        floors |= {name: 1 + max((floors[other] for other in imports(name)), default=-1) for name in free}
-    assert floors["utils"] == 0
+    left = {name: imports(name) for name in FILES}
+    while left:
+        free = [name for name in left if not left[name] & set(left)]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
 
 
-# The floors of the files that users of torchvision's scripts know.
-KNOWN = {
-    "utils": 0, "transforms": 0, "group_by_aspect_ratio": 1, "presets": 1, "coco_utils": 2,
-    "custom_dataset": 3, "coco_eval": 5, "engine": 7, "train": 9,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_files_import_from_lower_floors_only(name):
-    for other in imports(name) & set(KNOWN):
-        assert KNOWN[other] < KNOWN[name]
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", FILES)
 def test_nothing_imports_a_verb(name):
     assert not imports(name) & VERBS
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_says_what_it_owns_and_hands_nothing_on(folder):
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text())
+    assert len(tree.body) == 1 and ast.get_docstring(tree)
+    first = re.search(r"Open first: ``(\w+\.py)``", ast.get_docstring(tree))
+    assert first and (ROOT / folder / first[1]).is_file()
+
+
 # flags.py has the flags that train.py shares with the doctor; it parses nothing itself.
-@pytest.mark.parametrize("name", sorted(NOUNS - {"flags"}))
+@pytest.mark.parametrize("name", [name for name in NOUNS if name != "flags"])
 def test_nouns_have_no_flags_and_do_not_exit(name):
     text = FILES[name].read_text()
     assert "ArgumentParser" not in text and "sys.exit" not in text and "__main__" not in text
@@ -64,7 +102,7 @@ def test_nothing_loads_or_evaluates_code():
         assert not forbidden.search(path.read_text()), path
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_stay_readable(name):
     tree = ast.parse(FILES[name].read_text())
     assert ast.get_docstring(tree)
@@ -76,7 +114,10 @@ def test_files_and_functions_stay_readable(name):
             assert length <= limit, f"{name}.{node.name} has {length} lines"
 
 
-def test_the_readme_lists_every_file():
-    readme = (ROOT / "README.md").read_text()
-    for path in [*FILES.values(), *ROOT.glob("*.sh"), ROOT / "Makefile"]:
-        assert f"{Path(path).name} " in readme or f"`{Path(path).name}`" in readme, path.name
+def test_tests_stand_where_the_code_stands():
+    stray = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.parent != ROOT / "tests" and path.parent.name not in {*FOLDERS, "helpers", "faults"}
+    ]
+    assert not stray

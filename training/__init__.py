@@ -1,6 +1,6 @@
-"""A run from its plan to its last epoch.
+"""What a run is made of: its plan, its state, one evaluation, and the proof that it can be resumed.
 
-Owns: the state that a checkpoint restores, an epoch with its checkpoints, one evaluation, the plan, the resume proof.
+The epochs themselves are a loop in train.py.
 Not here: the step, which is in engine.py.
-Open first: ``epochs.py``.
+Open first: ``state.py``.
 """

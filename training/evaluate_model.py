@@ -67,7 +67,7 @@ class Scored:
         return plain | (self.analysis.to_plain() if self.analysis is not None else {})
 
 
-def score_model(
+def evaluate_model(
     model: nn.Module,
     setup: EvalSetup,
     *,

@@ -13,8 +13,9 @@ from torch import nn
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
-from optimization.optimizer import LearningRate, update_parameters
-from training.epochs import TrainingState
+from optimization.schedule import LearningRate
+from optimization.step import StepOptions, add_gradients, update_parameters
+from training.state import TrainingState
 from utils import peak_memory_mb
 
 # Steps of a rehearsal that are timed, after one that warms up.
@@ -187,13 +188,13 @@ def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray) 
     return batches[int(np.argmax(padded))]
 
 
-def rehearse(plan: Plan, model: nn.Module, amp_dtype: torch.dtype | None) -> str:
+def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
     """Train on the batch that takes most memory, and return what it took; the weights are not the same afterwards.
 
     Args:
         plan: Of the run.
         model: ``plan.state.model``, in DDP where there are several processes.
-        amp_dtype: Autocast to this type, or None.
+        options: How each step goes; the same as in training, so that memory and time are.
     """
     dataset, sampler, device = plan.loader.dataset, plan.sampler, plan.loader.device
     largest = largest_batch(sampler.epoch_batches(0), dataset.heights, dataset.widths)
@@ -203,11 +204,10 @@ def rehearse(plan: Plan, model: nn.Module, amp_dtype: torch.dtype | None) -> str
     seconds = []
     for _ in range(1 + REHEARSED_STEPS):
         start = time.perf_counter()
-        for _ in range(plan.accumulate):
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                loss = sum(model(images, targets).values())
-            loss.backward()
-        update_parameters(plan.state.optimizer, None, None, torch.zeros((), device=device))
+        for step in range(options.accumulate):
+            is_update, weight = step + 1 == options.accumulate, 1 / options.accumulate
+            add_gradients(model, images, targets, options, weight=weight, is_update=is_update)
+        update_parameters(plan.state.optimizer, options, torch.zeros((), device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import Progress
 from runtime.checkpoint import NEWEST, load_checkpoint, open_checkpoint
 from runtime.signals import StopRequest
+from runtime.trackers import StepRecord, Tracker
 from utils import all_reduce_max, barrier, broadcast_json, rank
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class ResumeCheckError(ValueError):
     """The check could not be made; the text says why."""
 
 
-class Probe(StopRequest):
+class Probe(StopRequest, Tracker):
     """Notes the losses of every step and asks to stop after some updates.
 
     Args:
@@ -35,15 +35,12 @@ class Probe(StopRequest):
     def __init__(self, num_updates: int) -> None:
         super().__init__()
         self.num_updates = num_updates
-        self.first_update: int | None = None
         self.losses: list[list[str]] = []
 
-    def note(self, progress: Progress, losses: Tensor) -> None:
-        """Take a step's losses, float32 [terms]; as `train_one_epoch` calls ``on_losses``."""
-        if self.first_update is None:
-            self.first_update = progress.updates
-        self.losses.append([value.hex() for value in losses.tolist()])
-        if progress.updates + 1 >= self.num_updates:
+    def on_step(self, record: StepRecord) -> None:
+        """Note a step's losses."""
+        self.losses.append([value.hex() for value in record.losses.tolist()])
+        if record.is_update and record.updates >= self.num_updates:
             self.signal_name = "the check of resuming"
 
 

@@ -22,6 +22,7 @@ import train
 import utils
 from loading import loaders
 from runtime import machine
+from runtime.trackers import Tracker
 from training import evaluate_model
 
 torch.set_num_threads(1)
@@ -36,18 +37,28 @@ def note(event, **values):
 
 
 class TracingGuard(engine.StepGuard):
-    """Notes what every step computed before the processes agree on it."""
+    """Makes a loss NaN where the fault says so."""
 
     steps = 0
 
-    def agree(self, record):
-        losses = [value.hex() for value in record.losses.tolist()]
-        note("step", epoch=record.epoch, ids=[t["image_id"] for t in record.targets], losses=losses)
+    def reduce_flags(self, losses):
         rank, step = (int(v) for v in os.environ.get("FAULT_NAN", "-1 -1").split())
         if rank == RANK and step == TracingGuard.steps:
-            record.losses[0] = float("nan")
+            losses[0] = float("nan")
         TracingGuard.steps += 1
-        return super().agree(record)
+        return super().reduce_flags(losses)
+
+
+class StepTracer(Tracker):
+    """Notes what every step computed before the processes agree on it."""
+
+    def on_step(self, record):
+        losses = [value.hex() for value in record.losses.tolist()]
+        note("step", epoch=record.epoch, ids=[t["image_id"] for t in record.targets], losses=losses)
+
+
+def traced(function):
+    return lambda *args, trackers, **kwargs: function(*args, trackers=[*trackers, StepTracer()], **kwargs)
 
 
 def noted(event, function):
@@ -67,6 +78,7 @@ if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     note("start", restarts=os.environ.get("TORCHELASTIC_RESTART_COUNT"))
     engine.StepGuard = TracingGuard
+    train.train_one_epoch = traced(train.train_one_epoch)
     evaluate_model.evaluate = noted("evaluation", evaluate_model.evaluate)
     train.load_data = noted("data", train.load_data)
     utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=20), 8

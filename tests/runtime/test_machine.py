@@ -19,6 +19,7 @@ from helpers.runs import QUICK, run
 from loading import loaders
 from runtime import machine
 from runtime.machine import HangWatch, check_shared_memory, explain_failure
+from runtime.trackers import Tracker
 from utils import _name_attempt
 
 pytestmark = pytest.mark.usefixtures("restore_process")
@@ -96,15 +97,16 @@ def listening_sockets():
     return listening
 
 
+def tracked(on_step):
+    """Return `train_one_epoch` with one more tracker."""
+    wrapped, tracker = train.train_one_epoch, Tracker()
+    tracker.on_step = on_step
+    return lambda *args, trackers, **kwargs: wrapped(*args, trackers=[*trackers, tracker], **kwargs)
+
+
 def test_one_process_opens_no_port(drawn_coco, monkeypatch):
     seen = []
-    wrapped = train.train_epochs
-
-    def look(*args, **kwargs):
-        kwargs["on_losses"] = lambda progress, losses: seen.append(listening_sockets())
-        return wrapped(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_epochs", look)
+    monkeypatch.setattr(train, "train_one_epoch", tracked(lambda record: seen.append(listening_sockets())))
     assert run(*QUICK, *SSDLITE, "--data-path", drawn_coco, "--workers", "1") == 0
     assert seen and not any(seen)
 
@@ -120,31 +122,24 @@ def test_the_look_for_ports_can_fail():
 
 def train_and_disturb(monkeypatch, drawn_coco, disturb):
     """Train with one loading process and call ``disturb`` before the second step."""
-    wrapped = train.train_epochs
-
-    def disturbed(*args, **kwargs):
-        kwargs["on_losses"] = lambda progress, losses: disturb() if progress.updates == 1 else None
-        return wrapped(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_epochs", disturbed)
+    monkeypatch.setattr(train, "train_one_epoch", tracked(lambda record: disturb() if record.updates == 2 else None))
     return run(*QUICK, *SSDLITE, "--data-path", drawn_coco, "--workers", "1", "--epochs", "20")
 
 
 def train_without_loader(root):
     """Kill the loading process of a run after its first update; returns the exit code. For a process of its own."""
-    epochs = train.train_epochs
 
-    def kill_loader(progress, losses):
-        if progress.updates == 1:
+    def kill_loader(record):
+        if record.updates == 2:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 os.kill(int(child), signal.SIGKILL)
 
-    train.train_epochs = lambda *args, **kwargs: epochs(*args, **{**kwargs, "on_losses": kill_loader})
+    train.train_one_epoch = tracked(kill_loader)
     return run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20")
 
 
 def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
-    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_safeguards as tests; "
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from tests.runtime import test_machine as tests; "
     script += f"tests.train.end_process(tests.train_without_loader({str(drawn_coco)!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 1

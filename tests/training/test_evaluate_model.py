@@ -12,7 +12,7 @@ from helpers.shaken import shake
 from loading.loaders import build_val_loader
 from loading.splits import Data, Source, Split, load_data
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
-from training.evaluate_model import EvalSetup, score_model
+from training.evaluate_model import EvalSetup, evaluate_model
 from utils import Distributed
 
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
@@ -43,7 +43,7 @@ def _score(rank, world_size, root, folder):
         loader = build_val_loader(data, here, batch_size=1, workers=int(world_size > 1))
         evaluator = CocoEvaluator(data.val.annotations, spec.iou_types, indices=data.val.indices, sigmas=data.sigmas)
         out = Path(folder) / name
-        scored = score_model(model, EvalSetup(loader, evaluator, data.label_map), predictions_dir=out)
+        scored = evaluate_model(model, EvalSetup(loader, evaluator, data.label_map), predictions_dir=out)
         files = {p.name: p.read_text() for p in sorted(out.glob("predictions_*.json"))} if rank == 0 else None
         found[name] = scored.result.metrics, scored.result.per_class, files
     return found

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import train
-from engine import Progress
 from group_by_aspect_ratio import GroupedBatchSampler
 from helpers.drawn import draw_coco
 from helpers.ranks import run_on_ranks
@@ -16,8 +15,10 @@ from helpers.runs import QUICK, run, run_train, train_once
 from models import weights
 from models.acceleration import broadcast_buffers
 from runtime import checkpoint
+from runtime.progress import Progress
 from runtime.signals import StopRequest
-from training.epochs import TrainingState
+from runtime.trackers import Tracker
+from training.state import TrainingState
 from training.verify_resume import hash_state
 from utils import Distributed
 
@@ -225,8 +226,9 @@ def stopped_inside_epoch(root, out):
     flags = [*QUICK, "--data-path", root, "--model", "ssdlite320_mobilenet_v3_large", "--batch-size", "2"]
     args = parser.parse_args([str(f) for f in (*flags, "--output-dir", out)])
     stop = StopRequest()
-    stop_after_first = lambda progress, losses: setattr(stop, "signal_name", "SIGTERM")  # noqa: E731
-    assert train.main(args, Distributed(0, 0, 1, CPU), stop, stop_after_first) == 0
+    stop_after_first = Tracker()
+    stop_after_first.on_step = lambda record: setattr(stop, "signal_name", "SIGTERM")
+    assert train.main(args, Distributed(0, 0, 1, CPU), stop, [stop_after_first]) == 0
     return [*flags, "--output-dir", out, "--resume", "auto"]
 
 

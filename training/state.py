@@ -1,4 +1,4 @@
-"""The epochs of a run: train, save, evaluate, note down; and the state that a checkpoint restores."""
+"""The state of a run, which a checkpoint restores, and what moves it on."""
 
 import datetime
 import logging
@@ -9,31 +9,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import Progress, train_one_epoch
-from group_by_aspect_ratio import GroupedBatchSampler
-from loading.loaders import DeviceLoader
 from loading.splits import Data
-from models.acceleration import broadcast_buffers
 from models.architectures import ModelSpec
-from optimization.optimizer import LearningRate, restore_optimizer
+from optimization.optimizer import restore_optimizer
 from optimization.weight_average import WeightAverage
-from report.page import publish
 from runtime.checkpoint import CheckpointError
+from runtime.progress import Progress
 from runtime.run_folder import RunFolder
-from runtime.signals import StopRequest, agree_to_stop
-from training.evaluate_model import EvalSetup, score_model
-from utils import rank, versions, world_size
+from runtime.trackers import StepRecord, Tracker
+from utils import versions, world_size
 
 logger = logging.getLogger(__name__)
 
-# Flags that change what is trained, as the user wants it from now on.
-_COURSE_FLAGS = (
-    *("opt", "lr", "scale_lr", "momentum", "weight_decay", "norm_weight_decay", "lr_scheduler", "lr_steps", "lr_gamma"),
-    *("warmup_iters", "epochs", "clip_grad_norm", "data_augmentation", "use_copypaste"),
-)
-
-# Flags that change how a step computes.
+# Flags that change how a step computes: the last digits may differ from here on.
 _NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_last", "compile")
+
+# Flags that change nothing of what is learnt. Any other that differs after a resume is named.
+_SILENT_FLAGS = {
+    *("output_dir", "resume", "device", "verify_resume", "dry_run", "test_only", "start_epoch", "keep_checkpoints"),
+    *("checkpoint_every", "print_freq", "profile", "workers", "cache_dir", "dist_url", "world_size"),
+    *("eval_every", "eval_batch_size", "best_metric", "early_stop", "val_loss", "save_predictions", "max_dets"),
+    *("kpt_oks_sigmas", "oks_area", "backend", "use_v2", "lr_step_size", "use_deterministic_algorithms"),
+    *("weights", "weights_backbone"),  # a checkpoint has its own
+}
 
 
 @dataclass
@@ -111,7 +109,7 @@ class TrainingState:
             self.scaler.load_state_dict(content["scaler"])
         if self.average is not None and "model_ema" in content:
             self.average.model.load_state_dict(content["model_ema"])
-        self.progress = Progress(**content["progress"])
+        self.progress = Progress.from_plain(content["progress"])
         self.averages = content.get("averages", {})
         self.metrics, self.best = content["metrics"], content.get("best", {})
 
@@ -142,8 +140,13 @@ class TrainingState:
     def _log_changes(self, content: dict[str, Any]) -> None:
         """Say in one line what may change the last digits from here on."""
         now, before = self.content(), content
-        course = [(flag, before["args"].get(flag), self.flags.get(flag)) for flag in _COURSE_FLAGS]
-        others = [f"--{flag.replace('_', '-')} {old}, now {new}" for flag, old, new in course if old != new]
+        old = before["args"]
+        course = [flag for flag in self.flags if flag not in _SILENT_FLAGS and flag not in _NUMERIC_FLAGS]
+        others = [
+            f"--{flag.replace('_', '-')} {old.get(flag)}, now {self.flags[flag]}"
+            for flag in course
+            if old.get(flag) != self.flags[flag]
+        ]
         if others:
             logger.info("from here on with other flags: %s", "; ".join(others))
         pairs = {
@@ -164,7 +167,29 @@ class TrainingState:
                 "; ".join(changes),
             )
 
-    def forget_other_best(self, best_epoch: int | None) -> None:
+    def end_epoch(self, averages: dict[str, float], num_batches: int, eval_every: int, epochs: int) -> int | None:
+        """Take an epoch's averages and move on to the next; returns its number, or None where it was cut short.
+
+        Args:
+            averages: See `train_one_epoch`.
+            num_batches: Of the whole epoch.
+            eval_every: Epochs between evaluations, the last one always; 0 for none.
+            epochs: Of the run.
+        """
+        self.averages = {**averages, "lr": self.optimizer.param_groups[0]["lr"]}
+        progress = self.progress
+        if progress.batches < num_batches:
+            return None
+        progress.epoch, progress.batches = progress.epoch + 1, 0
+        progress.eval_due = eval_every > 0 and (progress.epoch % eval_every == 0 or progress.epoch >= epochs)
+        return progress.epoch - 1
+
+    def end_evaluation(self, scores: dict[str, Any], metric: str) -> bool:
+        """Take the scores of an evaluation; returns whether it is the best now, see `update_best`."""
+        self.metrics, self.progress.eval_due = scores, False
+        return self.update_best(metric)
+
+    def reset_stale_best(self, best_epoch: int | None) -> None:
         """Choose the best anew from here on where the run's folder does not hold the best that the checkpoint knows.
 
         So it is after going back to an older checkpoint, whose later epochs are given up, and in a new folder.
@@ -178,7 +203,7 @@ class TrainingState:
             logger.warning(text, held, self.best["epoch"])
             self.best = {}
 
-    def note_best(self, metric: str) -> bool:
+    def update_best(self, metric: str) -> bool:
         """Compare the last evaluation with the best one so far; returns whether it is the best now.
 
         Args:
@@ -193,11 +218,54 @@ class TrainingState:
         old = self.best if self.best.get("metric") == metric else None
         is_best = old is None or value > old["value"]
         self.best = new if is_best else {**self.best, "since": self.best["since"] + 1}
-        logger.info("%s", describe_best(new, old))
+        logger.info("%s", format_best(new, old))
         return is_best
 
+    def is_stale(self, early_stop: int) -> bool:
+        """Return whether ``early_stop`` evaluations have passed without a better one; 0 for never."""
+        return early_stop > 0 and self.best.get("since", 0) >= early_stop
 
-def describe_best(new: dict[str, Any], old: dict[str, Any] | None) -> str:
+    def where_stopped(self) -> str:
+        """Return in words where a run that was asked to stop has stopped."""
+        progress = self.progress
+        if progress.batches:
+            return f"in epoch {progress.epoch}, after update {progress.updates}"
+        if progress.eval_due:
+            return f"in the evaluation after epoch {progress.epoch - 1}, which starts again when continued"
+        return f"before epoch {progress.epoch}"
+
+
+@dataclass
+class EndOfUpdate(Tracker):
+    """After every update: moves the averaged weights, and saves inside an epoch where the user asked for that.
+
+    Attributes:
+        state: Of the run.
+        output: Where checkpoints go.
+        checkpoint_every: ``--checkpoint-every``: updates, or minutes as `datetime.timedelta`; None saves at the ends
+            of epochs alone.
+    """
+
+    state: TrainingState
+    output: RunFolder
+    checkpoint_every: int | datetime.timedelta | None
+
+    def on_update(self, record: StepRecord) -> None:
+        """Do both."""
+        if self.state.average is not None:
+            self.state.average.update(self.state.model, record.updates)
+        if is_checkpoint_due(self.checkpoint_every, record.updates, time.monotonic() - self.output.saved_at):
+            self.output.save(self.state.content())
+
+
+def is_checkpoint_due(every: int | datetime.timedelta | None, updates: int, seconds: float) -> bool:
+    """Return whether to save inside an epoch, after so many updates and so long after the last time."""
+    if isinstance(every, datetime.timedelta):
+        return seconds >= every.total_seconds()
+    return every is not None and updates % every == 0
+
+
+def format_best(new: dict[str, Any], old: dict[str, Any] | None) -> str:
     """Return one line on the best evaluation so far, and whether the difference means anything.
 
     Args:
@@ -213,158 +281,3 @@ def describe_best(new: dict[str, Any], old: dict[str, Any] | None) -> str:
         low, high = best["interval"]
         text += f"; the difference is within its interval over images, {low:.4f} to {high:.4f}"
     return text
-
-
-@dataclass(frozen=True)
-class EpochOptions:
-    """How the epochs of a run go.
-
-    Attributes:
-        epochs: Number of the epoch to stop before.
-        eval_every: Epochs between evaluations, the last one always; 0 for none.
-        best_metric: What "best" means, see `TrainingState.note_best`.
-        early_stop: End after so many evaluations without a better one; 0 for never.
-        checkpoint_every: Between checkpoints inside an epoch: updates, or minutes such as ``15m``; None for none.
-        save_predictions: Write detections on the validation images.
-    """
-
-    epochs: int
-    eval_every: int = 1
-    best_metric: str = "bbox/AP"
-    early_stop: int = 0
-    checkpoint_every: int | str | None = None
-    save_predictions: bool = False
-
-    def wants_evaluation(self, done: int) -> bool:
-        """Return whether the model is to be scored after ``done`` epochs."""
-        return self.eval_every > 0 and (done % self.eval_every == 0 or done == self.epochs)
-
-    def wants_checkpoint(self, updates: int, seconds: float) -> bool:
-        """Return whether to save inside an epoch, after so many updates and so long after the last time."""
-        if isinstance(self.checkpoint_every, str):
-            return seconds >= 60 * int(self.checkpoint_every.removesuffix("m"))
-        return self.checkpoint_every is not None and updates % self.checkpoint_every == 0
-
-
-def train_epochs(
-    state: TrainingState,
-    model: nn.Module,
-    train_loader: DeviceLoader,
-    evaluation: EvalSetup,
-    learning_rate: LearningRate,
-    stop: StopRequest,
-    options: EpochOptions,
-    output: RunFolder | None = None,
-    **step_options: Any,
-) -> int:
-    """Train to the last epoch, with checkpoints and evaluations on the way.
-
-    An epoch counts as evaluated only when its scores are in a checkpoint: an evaluation that was cut short is made up
-    for after the resume.
-
-    Args:
-        state: Moved forward.
-        model: ``state.model``, in DDP where there are several processes.
-        train_loader: With a `GroupedBatchSampler`.
-        evaluation: What the model is scored on.
-        learning_rate: Of every update.
-        stop: This process's wish to stop.
-        options: How the epochs go.
-        output: Where results and checkpoints go; None saves nothing.
-        **step_options: For `train_one_epoch`.
-
-    Returns:
-        The exit code.
-    """
-    progress = state.progress
-    started = time.time()
-
-    def leave(why: str) -> int:
-        failed = output is not None and output.last_save_failed
-        logger.info("asked to stop: %s%s", why, ", NOT saved" if failed else "")
-        return int(failed)
-
-    while True:
-        if agree_to_stop(stop):
-            return leave(f"before epoch {progress.epoch}")
-        if progress.to_score and not evaluate_epoch(state, evaluation, stop, options, output):
-            return leave(f"in the evaluation after epoch {progress.epoch - 1}, which starts again when continued")
-        if options.early_stop and state.best.get("since", 0) >= options.early_stop:
-            logger.info("no better evaluation in the last %d: stopping early", options.early_stop)
-            break
-        if progress.epoch >= options.epochs:
-            break
-        if not train_epoch(state, model, train_loader, learning_rate, stop, options, output, **step_options):
-            return leave(f"saved epoch {progress.epoch}, update {progress.updates}")
-    logger.info("training took %s", datetime.timedelta(seconds=int(time.time() - started)))
-    if output is None or not output.last_save_failed:
-        return 0
-    logger.error("the end of the training is NOT saved: the last checkpoint could not be written")
-    return 1
-
-
-def train_epoch(
-    state: TrainingState,
-    model: nn.Module,
-    train_loader: DeviceLoader,
-    learning_rate: LearningRate,
-    stop: StopRequest,
-    options: EpochOptions,
-    output: RunFolder | None,
-    **step_options: Any,
-) -> bool:
-    """Train to the end of the epoch and save; returns False if someone asked to stop before."""
-    progress = state.progress
-    sampler = train_loader.batch_sampler
-    assert isinstance(sampler, GroupedBatchSampler)
-    sampler.set_epoch(progress.epoch, progress.batches)
-
-    def after_update() -> None:
-        if state.average is not None:
-            state.average.update(state.model, progress.updates)
-        if output is not None and options.wants_checkpoint(progress.updates, time.monotonic() - output.saved_at):
-            output.save(state.content())
-
-    state.averages = train_one_epoch(
-        model,
-        state.optimizer,
-        train_loader,
-        progress=progress,
-        learning_rate=learning_rate,
-        stop=stop,
-        scaler=state.scaler,
-        after_update=after_update,
-        debug_folder=None if output is None else output.path,
-        **step_options,
-    )
-    state.averages["lr"] = state.optimizer.param_groups[0]["lr"]
-    is_whole = progress.batches == sampler.num_batches
-    if is_whole:
-        progress.epoch, progress.batches = progress.epoch + 1, 0
-        progress.to_score = options.wants_evaluation(progress.epoch)
-    if output is not None:
-        output.save(state.content(), epoch_done=progress.epoch - 1 if is_whole else None)
-    return is_whole
-
-
-def evaluate_epoch(
-    state: TrainingState, evaluation: EvalSetup, stop: StopRequest, options: EpochOptions, output: RunFolder | None
-) -> bool:
-    """Score the epochs done so far, note the figures and save; returns False if someone asked to stop meanwhile."""
-    progress, model = state.progress, state.scored_model
-    broadcast_buffers(model)
-    predictions_dir = output.path if output is not None and options.save_predictions else None
-    scored = score_model(model, evaluation, stop=stop, predictions_dir=predictions_dir)
-    if scored is None:
-        return False
-    state.metrics = scored.to_plain()
-    is_best = state.note_best(options.best_metric)
-    progress.to_score = False
-    if output is not None:
-        epoch, evaluator = progress.epoch - 1, evaluation.evaluator
-        output.add_epoch(epoch, state.averages, state.metrics)
-        if rank() == 0:
-            val = state.data.val
-            publish(output.path, evaluator, scored, val, epoch=epoch, predictions_dir=predictions_dir, is_best=is_best)
-        output.save(state.content(), epoch_done=epoch, is_best=is_best)
-    return True

@@ -1,5 +1,6 @@
 """What a run keeps beside its weights: the best evaluation, averaged weights, validation losses, its plan."""
 
+import datetime
 import json
 import logging
 from collections import namedtuple
@@ -10,18 +11,22 @@ import torch
 from torch import nn
 
 import train
-from engine import Progress, validation_loss
+from engine import validation_loss
 from group_by_aspect_ratio import EvalBatchSampler
 from helpers.ranks import run_on_ranks
 from helpers.runs import run_train
 from helpers.toy import ToyLoader
 from models.architectures import ModelSpec, build_model
-from optimization.optimizer import LearningRate
+from optimization.optimizer import build_optimizer
+from optimization.schedule import LearningRate
 from optimization.weight_average import WeightAverage
 from runtime.checkpoint import load_checkpoint, rebuild_model
-from runtime.run_folder import append_metrics
+from runtime.progress import Progress
+from runtime.trackers import append_metrics
 from training import run_plan
-from training.epochs import EpochOptions, TrainingState
+from training.state import TrainingState, is_checkpoint_due
+
+TWO_MINUTES = datetime.timedelta(minutes=2)
 
 
 def state_with(values):
@@ -37,7 +42,7 @@ def state_with(values):
 def test_the_best_evaluation_is_kept_and_counted(caplog):
     caplog.set_level(logging.INFO)
     found = [
-        (state.note_best("bbox/AP"), state.best["epoch"], state.best["since"])
+        (state.update_best("bbox/AP"), state.best["epoch"], state.best["since"])
         for state in state_with([0.3, 0.2, 0.25, 0.6, 0.6])
     ]
     assert found == [(True, 0, 0), (False, 0, 1), (False, 0, 2), (True, 3, 0), (False, 3, 1)]
@@ -48,31 +53,46 @@ def test_the_best_evaluation_is_kept_and_counted(caplog):
 
 def test_a_best_epoch_that_the_folder_does_not_hold_is_forgotten(caplog):
     state = list(state_with([0.3, 0.2]))[-1]
-    state.note_best("bbox/AP")
+    state.update_best("bbox/AP")
     known = dict(state.best)
-    state.forget_other_best(known["epoch"])
+    state.reset_stale_best(known["epoch"])
     assert state.best == known and "chosen anew" not in caplog.text
-    state.forget_other_best(known["epoch"] + 4)
+    state.reset_stale_best(known["epoch"] + 4)
     assert state.best == {} and "chosen anew" in caplog.text
 
 
 def test_an_evaluation_without_a_figure_is_no_best():
     (state,) = state_with([None])
-    assert not state.note_best("bbox/AP") and state.best == {}
+    assert not state.update_best("bbox/AP") and state.best == {}
 
 
 @pytest.mark.parametrize(("every", "epochs", "scored"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (0, 3, []), (9, 3, [3])])
 def test_evaluations_are_due(every, epochs, scored):
-    options = EpochOptions(epochs=epochs, eval_every=every)
-    assert [n for n in range(1, epochs + 1) if options.wants_evaluation(n)] == scored
+    (state,) = state_with([0.5])
+    state.optimizer = build_optimizer(nn.Linear(1, 1), "sgd", lr=0.1, momentum=0.9, weight_decay=0)
+    due = []
+    for epoch in range(epochs):
+        state.progress = Progress(epoch=epoch, batches=4)
+        assert state.end_epoch({"loss": 1.0}, num_batches=5, eval_every=every, epochs=epochs) is None
+        state.progress.batches = 5
+        assert state.end_epoch({"loss": 2.0}, num_batches=5, eval_every=every, epochs=epochs) == epoch
+        assert state.progress == Progress(epoch=epoch + 1, eval_due=state.progress.eval_due)
+        due += [epoch + 1] if state.progress.eval_due else []
+    assert due == scored and state.averages == {"loss": 2.0, "lr": 0.1}
 
 
 @pytest.mark.parametrize(
     ("every", "updates", "seconds", "due"),
-    [(None, 10, 1e6, False), (5, 10, 0, True), (5, 11, 1e6, False), ("2m", 5, 119, False), ("2m", 7, 120, True)],
+    [
+        (None, 10, 1e6, False),
+        (5, 10, 0, True),
+        (5, 11, 1e6, False),
+        (TWO_MINUTES, 5, 119, False),
+        (TWO_MINUTES, 7, 120, True),
+    ],
 )
 def test_checkpoints_inside_an_epoch_are_due(every, updates, seconds, due):
-    assert EpochOptions(epochs=1, checkpoint_every=every).wants_checkpoint(updates, seconds) is due
+    assert is_checkpoint_due(every, updates, seconds) is due
 
 
 def test_the_average_follows_its_formula():

@@ -1,0 +1,139 @@
+"""What all ranks agree on in every step: is a loss not finite, and was someone asked to stop.
+
+Nothing here waits for a GPU: flags are read on the host one step late, when they have long arrived.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optimization.step import StepOptions
+from runtime.progress import Progress
+from runtime.signals import StopRequest
+from runtime.trackers import StepRecord
+from utils import all_reduce_max, rank
+
+logger = logging.getLogger(__name__)
+
+# So many updates in a row may be skipped before the run is given up.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the text names term, step, rate and image ids."""
+
+
+@dataclass
+class StepGuard:
+    """Brings the ranks' flags together and acts on them.
+
+    An update with a loss or gradient that is not finite is not made in the first place, since the optimizer reads the
+    flag on the device; the host hears of it afterwards.
+
+    Attributes:
+        device: Where losses are.
+        stop: This process's own wish to stop.
+        progress: Counts the updates skipped in a row, over epochs.
+        options: Of the run.
+        stopping: Whether a rank was asked to stop.
+    """
+
+    device: torch.device
+    stop: StopRequest
+    progress: Progress
+    options: StepOptions
+    stopping: bool = False
+    _flags: Tensor = field(default_factory=lambda: torch.zeros(2))  # of the newest step
+    _non_finite: Tensor | None = None  # in the update that is under way, on the device
+    _has_bad_loss: bool = False  # the same, of those that have arrived on the host
+    _waiting: list[tuple[Tensor, StepRecord]] = field(default_factory=list)
+
+    def reduce_flags(self, losses: Tensor) -> Tensor:
+        """Reduce a step's flags over the ranks, on the device.
+
+        Args:
+            losses: float32 [terms], of this rank's step.
+
+        Returns:
+            float, on the device: 1 if any loss of any rank since the last update is not finite.
+        """
+        bad = (~torch.isfinite(losses).all()).to(torch.float32)
+        self._flags = all_reduce_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop)))]))
+        non_finite = self._flags[0]
+        self._non_finite = non_finite if self._non_finite is None else torch.maximum(self._non_finite, non_finite)
+        return self._non_finite
+
+    def enqueue(self, record: StepRecord, skipped: Tensor | None) -> None:
+        """Send the flags of the step that was reduced last to the host, without waiting.
+
+        Args:
+            record: Of the step.
+            skipped: Of its update, see `update_parameters`; None for a step without one. The same on all ranks, as
+                the gradients are.
+        """
+        flags = torch.cat([self._flags, self._flags.new_zeros(1) if skipped is None else skipped[None]])
+        on_host = flags.to("cpu", non_blocking=self.device.type != "mps")  # MPS does not order such copies
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            on_host.arrived = event  # type: ignore[attr-defined]
+        self._waiting.append((on_host, record))
+        if record.is_update:
+            self._non_finite = None
+
+    def handle_arrived(self, *, wait: bool = False) -> None:
+        """Act on the flags that are due: set ``stopping``, report losses and gradients that are not finite.
+
+        Args:
+            wait: Also for those that a GPU has not sent yet.
+
+        Raises:
+            NonFiniteLossError: See `report_bad_step`.
+        """
+        lag = 1 if self.device.type == "cuda" and not wait else 0
+        while len(self._waiting) > lag:
+            flags, record = self._waiting.pop(0)
+            if self.device.type == "cuda":
+                flags.arrived.synchronize()  # type: ignore[attr-defined]
+            bad_loss, stop, skipped = (flag > 0 for flag in flags.tolist())
+            self.stopping |= stop
+            self._has_bad_loss |= bad_loss
+            if record.is_update:
+                self.progress.skipped = self.progress.skipped + 1 if skipped else 0
+            given_up = self.progress.skipped >= MAX_SKIPPED_IN_A_ROW
+            is_news = bad_loss or (skipped and not self._has_bad_loss)
+            # In float16 an overflow belongs to the scaler, which skips the update and lowers its scale.
+            if given_up or (is_news and self.options.scaler is None):
+                report_bad_step(record, bad_loss, given_up, self.options)
+            if record.is_update:
+                self._has_bad_loss = False
+
+
+def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: StepOptions) -> None:
+    """Say which loss, or that the gradient, was not finite and on which images.
+
+    Args:
+        record: Of the step.
+        is_loss: Whether it was a loss, on any rank; else the gradient.
+        given_up: Whether too many updates in a row were skipped.
+        options: Of the run; on its ``debug_folder`` the batch is saved.
+
+    Raises:
+        NonFiniteLossError: With ``on_nan`` stop, or if ``given_up``.
+    """
+    values = dict(zip(record.names, record.losses.tolist()))
+    here = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    ids = [target["image_id"] for target in record.targets]
+    what = f"loss not finite ({', '.join(here) or 'on another process'})" if is_loss else "gradient not finite"
+    text = f"epoch {record.epoch} step {record.step}: {what}, learning rate {record.lr:.6g}, image ids {ids}"
+    if (here or not is_loss) and options.debug_folder is not None:
+        path = options.debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}_rank{rank()}.pt"
+        torch.save({"images": record.images, "targets": record.targets, "losses": values}, path)
+        text += f"; the batch is in {path}"
+    if options.on_nan == "stop" or given_up:
+        hint = "lower --lr, lengthen --warmup-iters, or set --clip-grad-norm; --on-nan skip goes on without the batch"
+        raise NonFiniteLossError(f"{text}; {hint}")
+    logger.warning("%s; the update is skipped", text)

@@ -1,0 +1,157 @@
+"""Who is told how a training goes: the losses of every step, and the figures of every epoch.
+
+To log somewhere else, write a `Tracker` and add it to `RunFolder.trackers`.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from runtime.checkpoint import write_atomically
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a step on the host without waiting for the device.
+
+    Attributes:
+        epoch: From 0.
+        step: Within the epoch.
+        updates: Optimizer updates since the start of the run, this step's included.
+        is_update: Whether the optimizer takes a step after it.
+        lr: Rate of its update.
+        names: Of the loss terms.
+        losses: float32 [len(names)], on the device; reading them on the host waits for it.
+        images: The batch.
+        targets: The batch.
+    """
+
+    epoch: int
+    step: int
+    updates: int
+    is_update: bool
+    lr: float
+    names: list[str]
+    losses: Tensor
+    images: list[Tensor]
+    targets: list[dict[str, Any]]
+
+
+class Tracker:
+    """Told how a training goes, on every process that has it; this one does nothing."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Hear of a step whose gradients are there and whose update is not made yet."""
+
+    def on_update(self, record: StepRecord) -> None:
+        """Hear of an update."""
+
+    def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
+        """Hear of a finished epoch: its averages, see `EpochLog.finish`."""
+
+    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Hear of an epoch's evaluation: its averages again, and `Scored.to_plain`."""
+
+
+@dataclass
+class CallEachStep(Tracker):
+    """Calls a function in every step."""
+
+    function: Callable[[], None]
+
+    def on_step(self, record: StepRecord) -> None:
+        """Call it."""
+        self.function()
+
+
+@dataclass
+class JsonlTracker(Tracker):
+    """Writes ``metrics.jsonl``: a line for each epoch with its losses and times, and its scores where it has some."""
+
+    folder: Path
+
+    def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
+        """Add the epoch's line."""
+        append_metrics(self.folder, epoch, averages, {})
+
+    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Write the epoch's line again, with its scores."""
+        append_metrics(self.folder, epoch, averages, scores)
+
+
+class TensorBoardTracker(Tracker):
+    """Writes TensorBoard events.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir=str(folder))
+
+    def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
+        """Write the epoch's losses and times."""
+        self._write("train", averages, epoch)
+
+    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Write the scores of each kind."""
+        for kind in SCORE_KINDS:
+            self._write(kind, scores.get(kind, {}), epoch)
+
+    def _write(self, kind: str, values: dict[str, Any], epoch: int) -> None:
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"{kind}/{name}", value, epoch)
+        self.writer.flush()
+
+
+def build_trackers(folder: Path) -> list[Tracker]:
+    """Return the trackers that write into a run's folder; TensorBoard's only where it is installed."""
+    trackers: list[Tracker] = [JsonlTracker(folder)]
+    try:
+        trackers.append(TensorBoardTracker(folder))
+    except ImportError:
+        logger.info("no TensorBoard events; pip install tensorboard for them")
+    return trackers
+
+
+def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `Scored.to_plain`.
+
+    Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
+
+    Args:
+        folder: Of the run.
+        epoch: From 0; None for an evaluation alone.
+        averages: See `train_one_epoch`.
+        scores: See `Scored.to_plain`; empty for an epoch without evaluation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]
+    if epoch is not None:
+        lines = [line for line in lines[:-1] if line["epoch"] is None or line["epoch"] < epoch] + lines[-1:]
+    write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``; one that was cut off by a full disk or a kill is left out."""
+    path = folder / METRICS
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
