@@ -19,7 +19,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: .venv/installed
-	OMP_NUM_THREADS=1 sh demo.sh $(BIN)
+	sh demo.sh $(BIN)
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ SKELETON = ((0, 1), (0, 2), (1, 2))
 
 # (height, width) of the drawn images: several aspect-ratio groups.
 SIZES = ((160, 160), (120, 192), (192, 120), (128, 256), (144, 176))
-NUM_IMAGES = {"train": 960, "val": 120}
+NUM_IMAGES = {"train": 480, "val": 120}
 
 
 @dataclass(frozen=True)
