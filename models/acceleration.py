@@ -27,6 +27,12 @@ COMPILE_TIMINGS = 3
 def use_channels_last(model: nn.Module) -> None:
     """Keep the backbone's convolution weights, and with them its activations, in channels-last order."""
     model.get_submodule("backbone").to(memory_format=torch.channels_last)
+    for weight in model.parameters():
+        if weight.dim() == 4 and weight.shape[1] == 1:
+            # Depthwise: both orders are the same memory, but `to` leaves the strides as they are, and DDP warns where
+            # those of the gradient, which come from the activations, are others.
+            height, width = weight.shape[2:]
+            weight.data = weight.data.as_strided(weight.shape, (height * width, 1, width, 1))
 
 
 def typical_input(spec: ModelSpec, batch_size: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import warnings
 
 import pytest
 import torch
@@ -81,6 +82,22 @@ def test_channels_last_weights_give_the_same_features(detector):
     use_channels_last(detector)
     assert detector.backbone.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(detector.backbone(images)["0"], expected, atol=1e-5)
+
+
+def _warnings_of_a_channels_last_step(rank, world_size):
+    """Return what a step of SSDlite warns of; DDP says a thing once per process."""
+    model = build_model(ModelSpec("ssdlite320_mobilenet_v3_large", 4)).train()
+    use_channels_last(model)
+    model = distribute(model, CPU)
+    target = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sum(model([torch.rand(3, 64, 64)] * 2, [target] * 2).values()).backward()
+    return [str(warning.message) for warning in caught if "stride" in str(warning.message)]
+
+
+def test_channels_last_depthwise_weights_give_no_warning_of_strides():
+    assert run_on_ranks(1, _warnings_of_a_channels_last_step) == [[]]
 
 
 @pytest.mark.parametrize(
