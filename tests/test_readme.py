@@ -228,16 +228,22 @@ def test_the_readme_leads_to_every_page_and_fits_one_sitting():
 # The folders of the README's table.
 FOLDERS = (
     "pixels", "annotations", "optimization", "models", "runtime", "evaluation", "loading", "training", "report",
-    "inference", "inspection",
+    "inference", "inspection", "docs", "tests", "benchmarks",
 )  # fmt: skip
 
 
+def test_the_readme_names_every_root_file_and_every_folder():
+    root_files = [path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Makefile"]]
+    for name in [*root_files, *(f"{folder}/" for folder in FOLDERS)]:
+        assert f"`{name}`" in README, name
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(FOLDERS)
+    assert all((ROOT / folder).is_dir() for folder in FOLDERS)
+
+
 def test_files_that_the_pages_name_are_there():
-    named = {path for text in PAGES.values() for path in re.findall(r"`([a-z_]+/[a-z_]+\.py)`", text)}
+    named = {path for text in PAGES.values() for path in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text)}
     assert len(named) >= 8
-    for path in named:
-        assert path.split("/")[0] in (*FOLDERS, "tests", "benchmarks"), path
-        assert (ROOT / path).is_file() or not (ROOT / path).parent.is_dir(), path
+    assert not {path for path in named if not (ROOT / path).is_file()}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md"])
