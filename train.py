@@ -46,10 +46,11 @@ from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
 from report.page import publish
-from runtime.checkpoint import CheckpointError, open_checkpoint, rebuild_model
+from runtime.checkpoint import CheckpointError, open_checkpoint
 from runtime.machine import explain_failure, prepare_process
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, choose_output_dir, continues_run, plain_flags
+from runtime.saved_model import rebuild_model
 from runtime.signals import StopRequest, agree_to_stop, die_with_parent
 from runtime.step_guard import NonFiniteLossError
 from runtime.trackers import CallEachStep, Tracker, append_metrics

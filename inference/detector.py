@@ -23,7 +23,8 @@ from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
 from models.architectures import ModelSpec
 from pixels.images import BadImageError, is_text, read_header, read_image
-from runtime.checkpoint import load_checkpoint, rebuild_model
+from runtime.checkpoint import load_checkpoint
+from runtime.saved_model import rebuild_model
 
 # Pixels of a batch: large pictures come in smaller batches, down to one alone.
 MAX_BATCH_PIXELS = 24_000_000

@@ -6,7 +6,6 @@ temporary file, flushes it to the disk and renames it; its SHA-256 stands beside
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -20,9 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import nn
 
-from models.architectures import ModelSpec, build_model
 from utils import all_reduce_max, check_same_everywhere, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -173,38 +170,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         text = f"its format is {content['format']}, this version reads up to {CHECKPOINT_FORMAT}"
         raise CheckpointError(f"{path}: {text}; update the suite")
     return content
-
-
-def rebuild_model(
-    content: dict[str, Any], wanted: ModelSpec | None = None, *, averaged: bool = True
-) -> tuple[nn.Module, ModelSpec]:
-    """Build the checkpoint's own model, with its weights.
-
-    Args:
-        content: Of the checkpoint.
-        wanted: What flags and data ask for: name, classes and keypoints must agree; sizes and the limit of
-            detections are taken from here where it has them.
-        averaged: Take the averaged weights where there are any, as the checkpoint's metrics do; training goes on with
-            the others.
-
-    Raises:
-        CheckpointError: The checkpoint is that of another model; both values are named.
-    """
-    spec = ModelSpec.from_plain(content["model_spec"])
-    if wanted is not None:
-        for what in ("name", "num_classes", "num_keypoints"):
-            if getattr(spec, what) != getattr(wanted, what):
-                raise CheckpointError(
-                    f"the checkpoint's {what} is {getattr(spec, what)}, flags and data ask for {getattr(wanted, what)}"
-                )
-        changed = {
-            name: getattr(wanted, name) for name in ("min_size", "max_size", "detections_per_img", "rpn_score_thresh")
-        }
-        changed = {name: value for name, value in changed.items() if value is not None}
-        spec = dataclasses.replace(spec, skip_resize=wanted.skip_resize, **changed)
-    model = build_model(spec)
-    model.load_state_dict(content["model_ema" if averaged and "model_ema" in content else "model"])
-    return model, spec
 
 
 def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | None:

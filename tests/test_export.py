@@ -10,7 +10,8 @@ import export
 from helpers.shaken import shaken_checkpoint
 from inference.compare_outputs import Agreement, compare_outputs
 from models.architectures import ARCHITECTURES
-from runtime.checkpoint import load_checkpoint, rebuild_model
+from runtime.checkpoint import load_checkpoint
+from runtime.saved_model import rebuild_model
 
 SMALL = "ssdlite320_mobilenet_v3_large"
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]

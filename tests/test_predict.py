@@ -17,7 +17,8 @@ from helpers.shaken import shaken_checkpoint
 from inference.detector import MAX_BATCH_PIXELS, find_images, form_batches, load_detector, predict_files
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from pixels.images import read_image
-from runtime.checkpoint import load_checkpoint, rebuild_model
+from runtime.checkpoint import load_checkpoint
+from runtime.saved_model import rebuild_model
 
 MODELS = ("ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn")
 

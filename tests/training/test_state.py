@@ -20,8 +20,9 @@ from models.architectures import ModelSpec, build_model
 from optimization.optimizer import build_optimizer
 from optimization.schedule import LearningRate
 from optimization.weight_average import WeightAverage
-from runtime.checkpoint import load_checkpoint, rebuild_model
+from runtime.checkpoint import load_checkpoint
 from runtime.progress import Progress
+from runtime.saved_model import rebuild_model
 from runtime.trackers import append_metrics
 from training import run_plan
 from training.state import TrainingState, is_checkpoint_due
