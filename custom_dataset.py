@@ -17,7 +17,7 @@ from typing import Any
 from annotations.arrays import Annotations
 from annotations.findings import BadDataError, Findings
 from annotations.record_checks import Record, Rules
-from annotations.skeleton import Skeleton
+from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
 from pixels.images import BadImageError, is_text, read_header
 
@@ -39,23 +39,29 @@ class DatasetInfo:
     Attributes:
         classes: Class names of the labels 1, 2, ...; empty where the annotations decide.
         skeleton: Keypoint names, links, flip pairs and sigmas.
+        path: The file, or where it would be.
     """
 
     classes: tuple[str, ...] = ()
     skeleton: Skeleton = field(default_factory=Skeleton)
+    path: Path = Path("dataset.json")
 
 
-def read_dataset_info(root: Path) -> DatasetInfo:
+def read_dataset_info(root: Path, findings: Findings | None = None) -> DatasetInfo:
     """Read ``dataset.json`` in ``root``, if there is one.
 
+    Args:
+        root: Folder of the dataset.
+        findings: Collects what is wrong with single entries, which are then left out; None raises it.
+
     Raises:
-        BadDataError: What is wrong with it, all findings at once.
+        BadDataError: What is wrong with the file, all findings at once.
     """
     path = root / "dataset.json"
     if not path.is_file():
-        return DatasetInfo()
+        return DatasetInfo(path=path)
     content = read_json(path)
-    findings = Findings()
+    collected, findings = findings, findings or Findings()
     if not isinstance(content, dict):
         findings.error("dataset.json", str(path), f"expected an object, got {type(content).__name__}", "see the README")
         findings.raise_errors()
@@ -71,6 +77,7 @@ def read_dataset_info(root: Path) -> DatasetInfo:
         return tuple(value)
 
     names = strings("keypoint_names")
+    has_bad_names = bool(content.get("keypoint_names")) and not names
 
     def pairs(key: str) -> tuple[tuple[int, int], ...] | None:
         """Return pairs of indices; None where there is no such entry or it is no such list."""
@@ -80,6 +87,8 @@ def read_dataset_info(root: Path) -> DatasetInfo:
         try:
             return tuple((_point_index(a, names), _point_index(b, names)) for a, b in value)
         except (TypeError, ValueError) as error:
+            if has_bad_names:  # a consequence, maybe: names are looked up again once they are right
+                return None
             remedy = "give pairs of keypoint names or of indices from 0"
             findings.error("dataset.json", f"{path}: {key}", f"{value!r}: {error}", remedy)
             return None
@@ -91,12 +100,46 @@ def read_dataset_info(root: Path) -> DatasetInfo:
         ):
             remedy = "give one positive number per keypoint"
             findings.error("dataset.json", f"{path}: oks_sigmas", f"got {sigmas!r}", remedy)
+            sigmas = None
         else:
             sigmas = tuple(float(s) for s in sigmas)
     classes = strings("classes")
     skeleton = Skeleton(names, pairs("skeleton") or (), pairs("flip_pairs"), sigmas)
-    findings.raise_errors()
-    return DatasetInfo(classes, skeleton)
+    _check_names_against_pairs(skeleton, path, findings)
+    if collected is None:
+        findings.raise_errors()
+    return DatasetInfo(classes, skeleton, path)
+
+
+def _check_names_against_pairs(skeleton: Skeleton, path: Path, findings: Findings) -> None:
+    """Report flip pairs that leave out what names imply: mirrored pictures would teach the wrong side."""
+    missing = ignored_pairs(skeleton.names, skeleton.flip_pairs) if skeleton.flip_pairs is not None else []
+    if missing:
+        implied = ", ".join(f"[{skeleton.names[a]!r}, {skeleton.names[b]!r}]" for a, b in missing)
+        given = ", ".join(f"[{a}, {b}]" for a, b in skeleton.flip_pairs or ()) or "no pairs"
+        problem = f"expected {implied} among them, as keypoint_names say, got {given}"
+        remedy = "leave flip_pairs out (the names say which points swap), or rename points that have no side"
+        findings.error("dataset.json", f"{path}: flip_pairs", problem, remedy)
+
+
+def _check_point_counts(info: DatasetInfo, num_keypoints: int, findings: Findings) -> None:
+    """Report entries of ``dataset.json`` that do not fit the number of keypoints that objects have."""
+    skeleton, objects = info.skeleton, f"objects with {num_keypoints} keypoints"
+    if len(skeleton.names) not in (0, num_keypoints):
+        problem = f"{len(skeleton.names)} keypoint names for {objects}"
+        findings.error("dataset.json", f"{info.path}: keypoint_names", problem, "name every keypoint once")
+    for a, b in skeleton.links:
+        if not (0 <= a < num_keypoints and 0 <= b < num_keypoints):
+            problem = f"links points {a} and {b} (from 0), but objects have {num_keypoints} keypoints"
+            findings.error("dataset.json", f"{info.path}: skeleton", problem, "correct or remove the link")
+    try:
+        flip_order(skeleton.flip_pairs or (), num_keypoints)
+    except ValueError as error:
+        remedy = "give every keypoint at most one partner"
+        findings.error("dataset.json", f"{info.path}: flip_pairs", str(error), remedy)
+    if skeleton.sigmas is not None and len(skeleton.sigmas) != num_keypoints:
+        problem = f"{len(skeleton.sigmas)} OKS sigmas for {objects}"
+        findings.error("dataset.json", f"{info.path}: oks_sigmas", problem, "give one positive number per keypoint")
 
 
 def _point_index(value: Any, names: Sequence[str]) -> int:
@@ -121,7 +164,12 @@ class _Folder:
 
 
 def read_folder(
-    split: Path, info: DatasetInfo, *, on_bad_data: str = "error", needs_masks: bool = False
+    split: Path,
+    info: DatasetInfo,
+    *,
+    on_bad_data: str = "error",
+    needs_masks: bool = False,
+    findings: Findings | None = None,
 ) -> Annotations:
     """Read ``images`` and ``annotations`` below ``split``.
 
@@ -132,6 +180,7 @@ def read_folder(
         info: Of the dataset; without classes, those of the annotations are used.
         on_bad_data: ``error`` or ``skip``.
         needs_masks: Whether an object without a segmentation is an error.
+        findings: What is known to be wrong already, with ``on_bad_data``; raised with the rest.
 
     Raises:
         FileNotFoundError: A folder is missing.
@@ -142,17 +191,21 @@ def read_folder(
             raise FileNotFoundError(
                 f"{folder}: no such folder; expected {split}/images and {split}/annotations with one json per image"
             )
-    findings = Findings(on_bad_data)
+    findings = Findings(on_bad_data) if findings is None else findings
     content = _Folder()
     for stem, image, annotation in _pair_files(split, findings):
         _read_pair(split, stem, image, annotation, content, findings)
     categories, numbers = _number_labels(content, info, findings)
     for record, number in zip(content.objects, numbers):
         record["category_id"] = number
-    if info.skeleton.names and any("keypoints" in record for record in content.objects):
+    num_keypoints = next((len(k) // 3 for record in content.objects if (k := record.get("keypoints"))), 0)
+    if num_keypoints:
+        _check_point_counts(info, num_keypoints, findings)
+    if num_keypoints and len(info.skeleton.names) == num_keypoints:
+        links = [(a, b) for a, b in info.skeleton.links if min(a, b) >= 0 and max(a, b) < num_keypoints]
         for category in categories:
             category["keypoints"] = list(info.skeleton.names)
-            category["skeleton"] = [[a + 1, b + 1] for a, b in info.skeleton.links]
+            category["skeleton"] = [[a + 1, b + 1] for a, b in links]
     rules = Rules(
         str(split),
         image_place=lambda i: str(split / content.images[i]["file_name"]),

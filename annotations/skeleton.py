@@ -27,6 +27,9 @@ _MIRROR_WORDS = {"left": "right", "right": "left", "l": "r", "r": "l"}
 REFUSAL_ERRORS = 3.0
 MIN_OBJECTS_FOR_PROOF = 10
 
+# A map that leaves points in place is refused only where some pairs fit the labels so many times as well.
+REFUSAL_RATIO = 2.0
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -35,7 +38,7 @@ class Skeleton:
     Attributes:
         names: K names, or empty.
         links: Pairs of indices that are joined in pictures.
-        flip_pairs: Pairs of indices that swap in a mirror, () if every point stays itself; None if not known.
+        flip_pairs: Pairs of indices that swap in a mirror, () if no point has a partner; None if not known.
         sigmas: K OKS sigmas that came with the data, or None.
     """
 
@@ -51,20 +54,33 @@ def infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None
     Raises:
         ValueError: A sided name has no partner.
     """
+    pairs, alone = _sided_names(names)
+    if alone:
+        raise ValueError(
+            f"keypoint {names[alone[0]]!r} has no partner on the other side; give flip_pairs in dataset.json instead"
+        )
+    return tuple(pairs) or None
+
+
+def _sided_names(names: Sequence[str]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return (pairs of names that differ by left and right only, names with a side but no partner), as indices."""
     words = [tuple(_split_words(name)) for name in names]
-    pairs = []
+    pairs, alone = [], []
     for k, own in enumerate(words):
         mirrored = tuple(_MIRROR_WORDS.get(word, word) for word in own)
         if mirrored == own:
             continue
         if mirrored not in words:
-            raise ValueError(
-                f"keypoint {names[k]!r} has no partner on the other side; give flip_pairs in dataset.json instead"
-            )
-        partner = words.index(mirrored)
-        if k < partner:
+            alone.append(k)
+        elif k < (partner := words.index(mirrored)):
             pairs.append((k, partner))
-    return tuple(pairs) or None
+    return pairs, alone
+
+
+def ignored_pairs(names: Sequence[str], flip_pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the pairs that names with left and right imply and ``flip_pairs`` leaves out."""
+    given = {frozenset(pair) for pair in flip_pairs}
+    return [pair for pair in _sided_names(names)[0] if frozenset(pair) not in given]
 
 
 def _split_words(name: str) -> list[str]:
@@ -99,6 +115,9 @@ def flip_order(flip_pairs: Sequence[tuple[int, int]], num_keypoints: int) -> np.
 def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.ndarray) -> None:
     """Prove a mirror map on the labels: mirrored objects must look more like the mean object with it than without.
 
+    Points that the map leaves in place are judged against the pairs that the labels themselves suggest, so the identity
+    is judged like any other map.
+
     Args:
         order: int64 [K].
         keypoints: float64 [N, K, 3].
@@ -107,27 +126,70 @@ def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.nd
     Raises:
         ValueError: The map is plainly wrong. Too few objects, or a skeleton without sides, prove nothing.
     """
-    swapped = order != np.arange(len(order))
     sides = np.maximum(boxes_xywh[:, None, 2:], 1e-9)
     layout = (keypoints[:, :, :2] - boxes_xywh[:, None, :2]) / sides - 0.5
     labelled = keypoints[:, :, 2] > 0
-    mean = np.where(labelled[:, :, None], layout, 0).sum(axis=0) / np.maximum(labelled.sum(axis=0), 1)[:, None]
+    identity = np.arange(len(order))
+    worse = _compare_maps(order, identity, layout, labelled, _mean_layout(layout, labelled))
+    if worse is not None:
+        count, with_map, without = worse
+        raise ValueError(
+            f"flip_pairs look wrong: on {count} labelled objects the mirrored skeleton fits the mean one "
+            f"worse with the pairs than without (squared distance {with_map:.4f} against "
+            f"{without:.4f}, in units of the box); correct them in dataset.json"
+        )
+    # Pairs found on one half of the objects are judged on the other: on the same ones chance would look like proof.
+    mean = _mean_layout(layout[::2], labelled[::2])
+    found = _suggest_order(order, mean)
+    worse = _compare_maps(order, found, layout[1::2], labelled[1::2], mean)
+    if worse is not None and worse[1] > REFUSAL_RATIO * worse[2]:
+        count, with_map, without = worse
+        pairs = ", ".join(f"[{k}, {found[k]}]" for k in identity.tolist() if k < found[k] and found[k] != order[k])
+        raise ValueError(
+            f"flip_pairs look wrong: expected {pairs} (keypoints from 0) among them: on {count} labelled objects the "
+            f"mirrored skeleton fits the mean one better with than without (squared distance {without:.4f} against "
+            f"{with_map:.4f}, in units of the box); add what is missing, or leave flip_pairs out of dataset.json: "
+            "pictures are then mirrored only if names with left and right say how"
+        )
+
+
+def _mean_layout(layout: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """Return the mean place of each labelled point, float64 [K, 2] from the box's centre, in units of the box."""
+    return np.where(labelled[:, :, None], layout, 0).sum(axis=0) / np.maximum(labelled.sum(axis=0), 1)[:, None]
+
+
+def _suggest_order(order: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return ``order`` with pairs for unmoved points that lie nearest to each other's mirror image; int64 [K]."""
+    unmoved = np.flatnonzero(order == np.arange(len(order)))
+    distance = np.square(mean[unmoved, None] * [-1, 1] - mean[None, unmoved]).sum(axis=2)
+    nearest = distance.argmin(axis=1) if len(unmoved) else unmoved
+    found = order.copy()
+    for a, b in enumerate(nearest.tolist()):
+        if nearest[b] == a:
+            found[unmoved[a]] = unmoved[b]
+    return found
+
+
+def _compare_maps(
+    order: np.ndarray, other: np.ndarray, layout: np.ndarray, labelled: np.ndarray, mean: np.ndarray
+) -> tuple[int, float, float] | None:
+    """Return (objects judged, squared distance to ``mean`` with ``order``, with ``other``) where ``order`` is worse.
+
+    Only points count that the maps treat differently, and that both can judge: labelled themselves and where they
+    would move to. None where the difference is not proved.
+    """
     mirrored = layout * [-1, 1]
-    # Only points that both maps can judge: labelled themselves and where they would move to.
-    judged = labelled & labelled[:, order] & swapped
+    judged = labelled & labelled[:, order] & labelled[:, other] & (order != other)
     objects = judged.any(axis=1)
     if objects.sum() < MIN_OBJECTS_FOR_PROOF:
-        return
+        return None
     with_map = np.square(mirrored[:, order] - mean).sum(axis=2)
-    without = np.square(mirrored - mean).sum(axis=2)
-    difference = np.where(judged, with_map - without, 0).sum(axis=1)[objects] / judged.sum(axis=1)[objects]
+    with_other = np.square(mirrored[:, other] - mean).sum(axis=2)
+    difference = np.where(judged, with_map - with_other, 0).sum(axis=1)[objects] / judged.sum(axis=1)[objects]
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    if difference.mean() > REFUSAL_ERRORS * max(error, 1e-9):
-        raise ValueError(
-            f"flip_pairs look wrong: on {len(difference)} labelled objects the mirrored skeleton fits the mean one "
-            f"worse with the pairs than without (squared distance {with_map[judged].mean():.4f} against "
-            f"{without[judged].mean():.4f}, in units of the box); correct them in dataset.json"
-        )
+    if difference.mean() <= REFUSAL_ERRORS * max(error, 1e-9):
+        return None
+    return len(difference), float(with_map[judged].mean()), float(with_other[judged].mean())
 
 
 def choose_sigmas(given: Sequence[float] | None, skeleton: Skeleton, num_keypoints: int) -> tuple[np.ndarray, str]:

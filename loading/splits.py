@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,11 @@ def load_custom_split(
         classes: Names of the labels, where ``dataset.json`` has none: those of the training split or checkpoint.
     """
     folder = root / ("train" if role == "train" else "test")
-    info = read_dataset_info(root)
+    findings = Findings(on_bad_data)
+    info = read_dataset_info(root, findings)
     if not info.classes and classes:
-        info = type(info)(tuple(classes), info.skeleton)
-    annotations = read_folder(folder, info, on_bad_data=on_bad_data, needs_masks=needs_masks)
+        info = replace(info, classes=tuple(classes))
+    annotations = read_folder(folder, info, on_bad_data=on_bad_data, needs_masks=needs_masks, findings=findings)
     findings = Findings(on_bad_data)
     check_files(annotations, folder, findings)
     missing = sorted(findings.dropped_images)
@@ -293,10 +294,6 @@ def load_data(
 
     of_split = train or val
     num_keypoints = of_split.annotations.num_keypoints
-    for a, b in of_split.skeleton.links:
-        if max(a, b) >= num_keypoints:
-            text = f"the skeleton links points {a} and {b} (from 0), but objects have {num_keypoints} keypoints"
-            raise ValueError(f"{of_split.name}: {text}; correct it in dataset.json or the annotations")
     if not num_keypoints:
         raise ValueError(f"{of_split.name}: no keypoints, but the model learns them")
     if val.annotations.num_keypoints not in (0, num_keypoints):
@@ -347,11 +344,14 @@ def _proven_flip_order(split: Split) -> np.ndarray | None:
     if pairs is None:
         logger.info(
             'no mirroring in training: which keypoints swap is not known; give "flip_pairs" in dataset.json '
-            "([] if every point stays itself) or names with left and right"
+            "([] only if no keypoint has a left or right partner) or names with left and right"
         )
         return None
     order = flip_order(pairs, annotations.num_keypoints)
-    check_flip_order(order, annotations.keypoints, annotations.boxes_xywh)
+    try:
+        check_flip_order(order, annotations.keypoints, annotations.boxes_xywh)
+    except ValueError as error:
+        raise ValueError(f"{split.name}: {error}") from None
     names = split.skeleton.names or tuple(map(str, range(annotations.num_keypoints)))
     logger.info("keypoints that swap in a mirror: %s", ", ".join(f"{names[a]}-{names[b]}" for a, b in pairs) or "none")
     return order

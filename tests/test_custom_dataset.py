@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import check_dataset
 import train
 from annotations.findings import BadDataError
 from custom_dataset import DatasetInfo, read_dataset_info, read_folder
@@ -183,7 +185,7 @@ def test_truncated_images_are_found_before_the_first_step(tmp_path):
 
 
 def test_files_found_good_are_not_decoded_again(tmp_path, monkeypatch):
-    from annotations import image_checks
+    from annotations.arrays import image_checks
 
     root = draw_folder(tmp_path / "custom")
     load_custom_split(root, "train", cache_dir=tmp_path / "c")
@@ -214,6 +216,39 @@ BAD_INFO = {
     "sigma of zero": ({"oks_sigmas": [0.1, 0]}, "give one positive number per keypoint"),
     "a list": ([], "expected an object"),
 }
+
+
+# An entry -> (value, what is wrong with it); objects have two keypoints.
+BAD_KEYS = {
+    "classes": (["a", "a"], r"dataset\.json: classes: expected different names"),
+    "keypoint_names": (
+        ["a", "b", "c"],
+        r"dataset\.json: keypoint_names: 3 keypoint names for objects with 2 keypoints",
+    ),
+    "skeleton": ([[0, 5]], r"dataset\.json: skeleton: links points 0 and 5 \(from 0\), but objects have 2 keypoints"),
+    "flip_pairs": ([[0, 1], [1, 0]], r"dataset\.json: flip_pairs: flip pair \[1, 0\]: a keypoint is in two pairs"),
+    "oks_sigmas": ([0.1, 0.1, 0.1], r"dataset\.json: oks_sigmas: 3 OKS sigmas for objects with 2 keypoints"),
+    "clases": (["a"], r"dataset\.json: unknown entry 'clases'"),
+}
+
+
+@pytest.mark.parametrize("task", ["keypoint", "box"])
+def test_all_faults_of_the_dataset_file_are_reported_at_their_keys_in_one_run(tmp_path, task):
+    root = draw_folder(tmp_path / "custom", info={key: value for key, (value, _) in BAD_KEYS.items()})
+    edit(root, lambda e: e["bboxes"].__setitem__(0, [50, 10, 20, 40]))
+    with pytest.raises(BadDataError) as caught:
+        load_data(Source("custom", root), task)
+    text = str(caught.value)
+    for _, message in BAD_KEYS.values():
+        assert re.search(message, text), (message, text)
+    assert "im_000.json: bboxes[0]" in text and text.startswith("7 error(s)") and "categories[" not in text
+
+
+def test_a_wrong_list_of_names_is_one_fault_where_pairs_go_by_name(tmp_path):
+    info = {"keypoint_names": ["a", "a"], "skeleton": [["a", "b"]], "flip_pairs": [["a", "b"]]}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(BadDataError, match=r"^1 error\(s\) .*\n.*dataset\.json: keypoint_names: expected different"):
+        read_dataset_info(tmp_path)
 
 
 @pytest.mark.parametrize("name", BAD_INFO)
@@ -304,13 +339,50 @@ def sided_folder(tmp_path, info):
     [
         ({"flip_pairs": [[1, 2]]}, "swap in a mirror: 1-2", [0, 2, 1]),
         ({"keypoint_names": ["nose", "left_wing", "right_wing"]}, "swap in a mirror: left_wing-right_wing", [0, 2, 1]),
-        ({"flip_pairs": []}, "swap in a mirror: none", [0, 1, 2]),
     ],
 )
 def test_flip_pairs_are_taken_or_inferred(tmp_path, caplog, info, expected, order):
     caplog.set_level(logging.INFO)
     data = load_data(Source("custom", sided_folder(tmp_path, info)), "keypoint")
     assert expected in caplog.text and data.flip_order.tolist() == order
+
+
+def test_no_flip_pairs_are_taken_where_no_point_has_a_side(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = load_data(Source("custom", draw_folder(tmp_path / "custom", info={"flip_pairs": []})), "keypoint")
+    assert "swap in a mirror: none" in caplog.text and data.flip_order.tolist() == [0, 1]
+
+
+SIDED = ["nose", "left_wing", "right_wing"]
+# What dataset.json says -> what is wrong with it.
+IGNORING_MAPS = {
+    "names imply pairs": (
+        {"keypoint_names": SIDED, "flip_pairs": []},
+        r"dataset\.json: flip_pairs: expected \['left_wing', 'right_wing'\] among them, as keypoint_names say, "
+        r"got no pairs; leave flip_pairs out",
+    ),
+    "names imply other pairs": (
+        {"keypoint_names": SIDED, "flip_pairs": [["nose", "left_wing"]]},
+        r"dataset\.json: flip_pairs: expected \['left_wing', 'right_wing'\] .*got \[0, 1\]",
+    ),
+    "labels show pairs": (
+        {"flip_pairs": []},
+        r"train: flip_pairs look wrong: expected \[1, 2\] .*add what is missing, or leave flip_pairs out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IGNORING_MAPS)
+def test_a_mirror_map_that_ignores_sides_stops_training_dry_run_and_doctor_alike(tmp_path, capsys, name):
+    info, expected = IGNORING_MAPS[name]
+    root = sided_folder(tmp_path, info)
+    doctor = ["--dataset", "custom", "--data-path", str(root), "--model", "keypointrcnn_resnet50_fpn"]
+    assert check_dataset.run(doctor) == 1
+    assert re.search(expected, capsys.readouterr().out.partition("ERRORS")[2])
+    assert run(root, "--dry-run") == 1
+    assert re.search(expected, capsys.readouterr().err)
+    assert run(root, "--output-dir", "") == 1
+    assert re.search(expected, capsys.readouterr().err)
 
 
 def test_wrong_flip_pairs_are_refused(tmp_path, capsys):
@@ -359,7 +431,6 @@ def test_the_real_folder_gives_no_false_alarm(glue_tubes):
     ("change", "info", "expected"),
     [
         (lambda e: e.update(labels=[300_000] * len(e["bboxes"])), None, "label 300000 would make as many classes"),
-        (lambda e: None, {"skeleton": [[0, 5]]}, "links points 0 and 5 (from 0), but objects have 2 keypoints"),
     ],
 )
 def test_what_would_fail_later_is_refused(tmp_path, capsys, change, info, expected):

@@ -10,6 +10,7 @@ from annotations.skeleton import (
     check_flip_order,
     choose_sigmas,
     flip_order,
+    ignored_pairs,
     infer_flip_pairs,
 )
 from coco_eval import CocoEvaluator
@@ -46,6 +47,15 @@ def test_names_without_sides_say_nothing_and_half_a_pair_is_refused():
         infer_flip_pairs(["left_eye", "nose"])
 
 
+def test_pairs_that_names_imply_and_a_map_leaves_out_are_found():
+    names = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_wing"]
+    assert ignored_pairs(names, []) == [(1, 2), (3, 4)]
+    assert ignored_pairs(names, [(2, 1)]) == [(3, 4)]
+    assert ignored_pairs(names, [(1, 3), (2, 4)]) == [(1, 2), (3, 4)]
+    assert ignored_pairs(names, [(2, 1), (3, 4), (0, 5)]) == []
+    assert ignored_pairs(["head", "tail"], []) == ignored_pairs([], []) == []
+
+
 @pytest.mark.parametrize("pairs", [[(0, 3)], [(0, 0)], [(-1, 1)], [(0, 1), (1, 2)]])
 def test_maps_that_are_not_their_own_inverse_are_refused(pairs):
     with pytest.raises(ValueError, match="flip pair"):
@@ -68,6 +78,36 @@ def test_a_right_map_is_accepted_and_wrong_ones_are_refused():
     for wrong in ([(0, 3)], [(0, 1), (2, 3)], [(0, 2)]):
         with pytest.raises(ValueError, match="flip_pairs look wrong"):
             check_flip_order(flip_order(wrong, 4), keypoints, boxes)
+
+
+def test_a_map_that_leaves_sided_points_in_place_is_refused_like_any_other():
+    keypoints, boxes = drawn_skeletons()
+    with pytest.raises(ValueError, match=r"flip_pairs look wrong: expected \[1, 2\] .* on \d+ labelled objects"):
+        check_flip_order(np.arange(4), keypoints, boxes)
+    # The same again two heights below: two pairs, of which one is given.
+    below = keypoints + np.stack([0 * boxes[:, 3], 2 * boxes[:, 3], 0 * boxes[:, 3]], axis=1)[:, None]
+    both = np.concatenate([keypoints, below], axis=1)
+    check_flip_order(flip_order([(1, 2), (5, 6)], 8), both, boxes)
+    with pytest.raises(ValueError, match=r"expected \[5, 6\] "):
+        check_flip_order(flip_order([(1, 2)], 8), both, boxes)
+
+
+def test_the_identity_is_accepted_where_no_point_has_a_partner():
+    rng = np.random.default_rng(0)
+    boxes = np.tile([0.0, 0, 50, 50], (100, 1))
+    for layout in ([[0.5, 0.1], [0.5, 0.5], [0.5, 0.9]], [[0.2, 0.1], [0.25, 0.5], [0.15, 0.9]]):
+        points = (np.array(layout) + rng.normal(0, 0.05, (100, 3, 2))) * 50
+        keypoints = np.concatenate([points, np.full((100, 3, 1), 2)], axis=2)
+        check_flip_order(np.arange(3), keypoints, boxes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_points_anywhere_give_no_false_alarm(seed):
+    rng = np.random.default_rng(seed)
+    num_objects, num_keypoints = int(rng.integers(20, 300)), int(rng.integers(2, 22))
+    points = rng.random((num_objects, num_keypoints, 2)) * 50
+    keypoints = np.concatenate([points, np.full((num_objects, num_keypoints, 1), 2)], axis=2)
+    check_flip_order(np.arange(num_keypoints), keypoints, np.tile([0.0, 0, 50, 50], (num_objects, 1)))
 
 
 def test_a_skeleton_without_sides_and_few_objects_prove_nothing():
