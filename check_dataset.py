@@ -15,7 +15,13 @@ import numpy as np
 
 from flags import add_data_flags, add_model_choice, check_data_args, data_source, keeps_negatives, wanted_spec
 from inspection.diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
-from inspection.observations import Observation, format_facts, format_observations, group_findings, group_lines
+from inspection.observations import (
+    Observation,
+    format_facts,
+    format_observations,
+    group_findings,
+    group_warnings,
+)
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
 from loading.splits import Data, training_indices
@@ -110,7 +116,7 @@ def format_report(
             lines += ["keypoints, labelled and visible on so many of the objects", *facts["keypoints"], ""]
         lines += [*format_facts([*trial.info, *facts["notes"]]), ""]
     errors = group_findings(trial.errors)
-    warnings = [*group_lines(trial.warnings), *warnings]
+    warnings = [*group_warnings(trial.warnings), *warnings]
     if errors:
         lines += ["ERRORS", format_observations(errors), ""]
     if warnings:

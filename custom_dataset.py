@@ -261,8 +261,7 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
         header = read_header(image)
         record["height"], record["width"] = header.shown_size
     except BadImageError as error:
-        place, _, problem = str(error).partition(": ")
-        findings.error("image", place, problem, "replace the file", image=position)
+        findings.error("image", str(error.path), error.problem, "replace the file", image=position)
         return
     try:
         entry = read_json(annotation)

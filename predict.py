@@ -29,8 +29,10 @@ from annotations.record_checks import Record
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
+from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import Drawn, draw_objects, save_picture
+from runtime.run_folder import versions
 from utils import choose_device, setup_logging, versions
 
 logger = logging.getLogger("predict")
@@ -217,7 +219,8 @@ def main(args: argparse.Namespace) -> int:
                 path, image_id = paths[result.index], result.index + 1
                 bar.update()
                 if isinstance(result, BadFile):
-                    bar.write(f"skipped: {result.reason}", file=sys.stderr)
+                    shown = str(path) if is_text(str(path)) else ascii(str(path))
+                    bar.write(f"skipped: {shown}: {result.reason}", file=sys.stderr)
                     bad.append({"id": image_id, "file_name": str(path), "reason": result.reason})
                     continue
                 height, width = result.image.shape[-2:]

@@ -111,8 +111,8 @@ def score(
 def main(args: argparse.Namespace) -> int:
     """Score and print."""
     annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data)
-    for line in annotations.warnings:
-        logger.warning("%s", line)
+    for finding in annotations.warnings:
+        logger.warning("%s", finding)
     records = read_results(Path(args.predictions))
     iou_types = args.iou_types or [t for t, f in FIELDS.items() if any(f in record for record in records)] or ["bbox"]
     evaluator, result = score(

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from annotations.findings import Finding
 from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
 # Raised by one whenever the arrays or their meaning change: older cache files are then ignored.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Annotations:
         keypoint_names: K names, or empty where the file gives none.
         skeleton: Pairs of keypoint indices (from 0) that are joined in pictures.
         has_segmentations: Whether the file says anything of masks.
-        warnings: What was repaired or dropped while reading, one line each.
+        warnings: What was repaired or dropped while reading, shortened as in `findings.shorten`.
         cache_file: The file these arrays are mapped from, if any.
     """
 
@@ -81,7 +82,7 @@ class Annotations:
     keypoint_names: tuple[str, ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()
     has_segmentations: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Finding, ...] = ()
     cache_file: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -149,6 +150,7 @@ def save_annotations(annotations: Annotations, path: Path) -> None:
     """Write ``annotations`` to ``path`` so that a reader sees the whole file or none of it."""
     content = {name: torch.from_numpy(np.ascontiguousarray(getattr(annotations, name))) for name in _ARRAYS}
     plain = {name: getattr(annotations, name) for name in _PLAIN}
+    plain["warnings"] = [dataclasses.asdict(finding) for finding in annotations.warnings]
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -172,7 +174,7 @@ def load_annotations(path: str | Path) -> Annotations:
         keypoint_names=tuple(plain["keypoint_names"]),
         skeleton=tuple((a, b) for a, b in plain["skeleton"]),
         has_segmentations=plain["has_segmentations"],
-        warnings=tuple(plain["warnings"]),
+        warnings=tuple(Finding(**fields) for fields in plain["warnings"]),
         cache_file=str(path),
     )
 

@@ -8,7 +8,7 @@ and that object or image is left out.
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class Finding:
         problem: What was expected and what was found.
         remedy: What to do.
         is_error: Whether training must not start.
+        count: How many of its kind it stands for: in a row that `shorten` has cut, the last one has neither place nor
+            problem and stands for all that are not listed.
     """
 
     kind: str
@@ -35,10 +37,18 @@ class Finding:
     problem: str
     remedy: str
     is_error: bool = True
+    count: int = 1
+
+    @property
+    def example(self) -> str:
+        """Place and problem in one line; empty where it stands for findings that are not listed."""
+        return f"{self.place}: {self.problem}" if self.place else self.problem
 
     def __str__(self) -> str:
         """Return the finding in one line."""
-        return f"{self.place}: {self.problem}; {self.remedy}"
+        if not self.problem:
+            return f"... and {self.count} more of kind {self.kind}"
+        return f"{self.example}; {self.remedy}" if self.remedy else self.example
 
 
 class BadDataError(ValueError):
@@ -46,7 +56,7 @@ class BadDataError(ValueError):
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = list(findings)
-        lines = shorten([f for f in findings if f.is_error])
+        lines = [str(f) for f in shorten(f for f in findings if f.is_error)]
         super().__init__("\n".join([f"{sum(f.is_error for f in findings)} error(s) in the data:", *lines]))
 
 
@@ -88,18 +98,20 @@ class Findings:
         if any(finding.is_error for finding in self.found):
             raise BadDataError(self.found)
 
-    def warnings(self) -> tuple[str, ...]:
-        """Return the warnings, one line each, with long rows of one kind counted instead of listed."""
-        return tuple(shorten([f for f in self.found if not f.is_error]))
+    def warnings(self) -> tuple[Finding, ...]:
+        """Return the warnings, with long rows of one kind counted instead of listed."""
+        return tuple(shorten(f for f in self.found if not f.is_error))
 
 
-def shorten(findings: Iterable[Finding]) -> list[str]:
-    """Return one line per finding, `LINES_PER_KIND` of each kind at the most and a count for the rest."""
-    lines: list[str] = []
+def shorten(findings: Iterable[Finding]) -> list[Finding]:
+    """Return `LINES_PER_KIND` findings of each kind at the most, then one that counts the rest of each kind."""
+    listed: list[Finding] = []
+    rest: dict[str, Finding] = {}
     seen: Counter[str] = Counter()
     for finding in findings:
         seen[finding.kind] += 1
         if seen[finding.kind] <= LINES_PER_KIND:
-            lines.append(str(finding))
-    lines.extend(f"... and {n - LINES_PER_KIND} more of kind {kind}" for kind, n in seen.items() if n > LINES_PER_KIND)
-    return lines
+            listed.append(finding)
+        elif finding.kind not in rest:
+            rest[finding.kind] = replace(finding, place="", problem="")
+    return listed + [replace(one, count=seen[kind] - LINES_PER_KIND) for kind, one in rest.items()]

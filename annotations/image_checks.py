@@ -99,7 +99,7 @@ def _header_problem(path: Path, size: tuple[int, int]) -> str | None:
         if not tail.endswith(_END_OF_JPEG) and _END_OF_PNG not in tail:  # cut off, or one of the rarer formats
             read_image(path, size, apply_exif=False)
     except BadImageError as error:
-        return str(error).partition(": ")[2]
+        return error.problem
     return None
 
 
@@ -165,7 +165,7 @@ def check_decoding(
                 root / annotations.file_name(i), (int(annotations.heights[i]), int(annotations.widths[i])), apply_exif
             )
         except BadImageError as error:
-            return str(error).partition(": ")[2]
+            return error.problem
         return None
 
     if len(todo) > 1000:

@@ -110,7 +110,7 @@ class BadFile:
 
     Attributes:
         index: Its position in the list of files.
-        reason: With the file's name.
+        reason: Why, without the file's name.
     """
 
     index: int
@@ -140,7 +140,7 @@ class _Files(Dataset[Sample | BadFile]):
         try:
             return Sample(read_image(self.paths[index]), None, {"image_id": index})
         except BadImageError as error:
-            return BadFile(index, str(error))
+            return BadFile(index, error.problem)
 
 
 def _collate(items: list[Sample | BadFile]) -> _Loaded:
@@ -174,12 +174,12 @@ def form_batches(paths: Sequence[Path], batch_size: int) -> tuple[list[list[int]
     pixels = 0
     for index, path in enumerate(paths):
         if not is_text(str(path)):
-            bad.append(BadFile(index, f"{ascii(str(path))}: the file's name is not UTF-8"))
+            bad.append(BadFile(index, "the file's name is not UTF-8"))
             continue
         try:
             size = math.prod(read_header(path).shown_size)
         except BadImageError as error:
-            bad.append(BadFile(index, str(error)))
+            bad.append(BadFile(index, error.problem))
             continue
         if not batches or len(batches[-1]) == batch_size or pixels + size > MAX_BATCH_PIXELS:
             batches.append([])

@@ -35,29 +35,39 @@ from models.architectures import ModelSpec
 Built = TypeVar("Built")
 
 
-class _Lines(logging.Handler):
-    """Collects what is logged."""
+class _Collector(logging.Handler):
+    """Collects what is logged: a `Finding` as it is, any other warning as a finding that is all problem."""
 
     def __init__(self) -> None:
         super().__init__()
         self.info: list[str] = []
-        self.warnings: list[str] = []
+        self.warnings: list[Finding] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        lines = self.warnings if record.levelno >= logging.WARNING else self.info
-        if record.getMessage() not in lines:
-            lines.append(record.getMessage())
+        if record.levelno < logging.WARNING:
+            if record.getMessage() not in self.info:
+                self.info.append(record.getMessage())
+            return
+        logged = record.args[0] if isinstance(record.args, tuple) and len(record.args) == 1 else None
+        finding = logged if isinstance(logged, Finding) else _as_finding(record.getMessage(), is_error=False)
+        if finding not in self.warnings:
+            self.warnings.append(finding)
+
+
+def _as_finding(text: str, *, is_error: bool) -> Finding:
+    """Return a text that names its place and remedy itself as a finding."""
+    return Finding("cannot be used" if is_error else "warning", "", text, "", is_error)
 
 
 @contextlib.contextmanager
-def collected_log() -> Iterator[_Lines]:
+def collected_log() -> Iterator[_Collector]:
     """Collect what is logged instead of printing it."""
-    root, lines = logging.getLogger(), _Lines()
+    root, collector = logging.getLogger(), _Collector()
     handlers, level = root.handlers, root.level
-    root.handlers = [lines]
+    root.handlers = [collector]
     root.setLevel(logging.INFO)
     try:
-        yield lines
+        yield collector
     finally:
         root.handlers = handlers
         root.setLevel(level)
@@ -69,20 +79,20 @@ class Trial:
 
     Attributes:
         errors: Why it does not start.
-        warnings: Lines that training prints as warnings.
+        warnings: What training warns of.
         info: Lines that training prints.
         data: What was read, without what is wrong; None where nothing could be.
     """
 
     errors: list[Finding] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
     info: list[str] = field(default_factory=list)
     data: Data | None = None
 
     def add_errors(self, findings: Sequence[Finding]) -> None:
         """Add findings that are not known yet."""
-        known = {str(f) for f in self.errors}
-        self.errors.extend(f for f in findings if f.is_error and str(f) not in known)
+        known = set(self.errors)
+        self.errors.extend(f for f in findings if f.is_error and f not in known)
 
 
 def try_training_data(source: Source, task: str, build: Callable[[Data], Built]) -> tuple[Trial, Built | None]:
@@ -98,13 +108,13 @@ def try_training_data(source: Source, task: str, build: Callable[[Data], Built])
     """
     trial = Trial()
     built = None
-    with collected_log() as lines:
+    with collected_log() as log:
         try:
             trial.data = load_data(source, task)
             built = build(trial.data)
         except (ValueError, FileNotFoundError) as error:
             trial.add_errors(_findings_of(error))
-    trial.info, trial.warnings = lines.info, lines.warnings
+    trial.info, trial.warnings = log.info, log.warnings
     if not trial.errors:
         return trial, built
     with collected_log():  # the same again with less in it: nothing new for the user
@@ -125,15 +135,7 @@ def _findings_of(error: ValueError | FileNotFoundError) -> list[Finding]:
     """Return the findings behind an error; one without them is a finding itself."""
     if isinstance(error, BadDataError):
         return error.findings
-    return [_PlainError("cannot be used", "", str(error), "")]
-
-
-class _PlainError(Finding):
-    """An error that came as one text."""
-
-    def __str__(self) -> str:
-        """Return the text as training prints it."""
-        return self.problem
+    return [_as_finding(str(error), is_error=True)]
 
 
 def check_pictures(split: Split, trial: Trial, source: Source, workers: int | None = None) -> np.ndarray:
@@ -154,7 +156,7 @@ def check_pictures(split: Split, trial: Trial, source: Source, workers: int | No
         workers=workers,
     )
     trial.add_errors(findings.found)
-    trial.warnings.extend(line for line in findings.warnings() if line not in trial.warnings)
+    trial.warnings.extend(finding for finding in findings.warnings() if finding not in trial.warnings)
     return np.setdiff1d(split.indices, sorted(findings.dropped_images))
 
 

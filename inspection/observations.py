@@ -3,22 +3,18 @@
 A `Finding` is one place that is wrong; an `Observation` is all places of one sort together.
 """
 
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from annotations.findings import LINES_PER_KIND, Finding
+from annotations.findings import Finding
 
 # So many examples of one sort are shown; the rest is counted.
 NUM_EXAMPLES = 5
 
 LINE_WIDTH = 120
-
-# How `findings.shorten` counts what it leaves out.
-MORE_OF_KIND = r"\.\.\. and (\d+) more of kind "
 
 
 @dataclass(frozen=True)
@@ -72,28 +68,20 @@ def group_findings(findings: Iterable[Finding]) -> list[Observation]:
     ]
 
 
-def group_lines(lines: Iterable[str]) -> list[Observation]:
-    """Put warnings that end with the same remedy together; a line without a remedy stays alone."""
-    remedies: dict[str, list[str]] = {}
+def group_warnings(findings: Iterable[Finding]) -> list[Observation]:
+    """Put warnings with the same remedy together; one without a remedy stays alone."""
+    remedies: dict[str, list[Finding]] = {}
     rest: list[Observation] = []
-    left_out: list[int] = []
-    for line in lines:
-        text, _, remedy = line.rpartition("; ")
-        more = re.match(MORE_OF_KIND, line)
-        if text:
-            remedies.setdefault(remedy, []).append(text)
-        elif more:
-            left_out.append(int(more[1]))
+    for finding in findings:
+        if finding.remedy:
+            remedies.setdefault(finding.remedy, []).append(finding)
         else:
-            rest.append(Observation(line))
-    counts = {remedy: len(texts) for remedy, texts in remedies.items()}
-    cut = [remedy for remedy, count in counts.items() if count >= LINES_PER_KIND]
-    for remedy, more_of_it in zip(cut, left_out):  # both are in the order in which kinds were found
-        counts[remedy] += more_of_it
-    grouped = [
-        Observation(f"{counts[remedy]} where {remedy}", tuple(texts[:NUM_EXAMPLES]), "", counts[remedy])
-        for remedy, texts in remedies.items()
-    ]
+            rest.append(Observation(str(finding)))
+    grouped = []
+    for remedy, found in remedies.items():
+        count = sum(f.count for f in found)
+        examples = [f.example for f in found if f.example][:NUM_EXAMPLES]
+        grouped.append(Observation(f"{count} where {remedy}", tuple(examples), "", count))
     return [*grouped, *rest]
 
 

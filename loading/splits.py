@@ -11,7 +11,7 @@ import numpy as np
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from annotations.arrays import Annotations, cached_annotations
-from annotations.findings import Findings
+from annotations.findings import Finding, Findings
 from annotations.image_checks import check_decoding, check_files, check_headers, find_shared_files
 from annotations.labels import LabelMap
 from annotations.skeleton import (
@@ -24,7 +24,7 @@ from annotations.skeleton import (
 )
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
-from loading.samples import ImageFolder, ImageSource
+from loading.samples import ImageFolder, ImageSource, LabelMap
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 
 logger = logging.getLogger(__name__)
@@ -357,9 +357,9 @@ def _proven_flip_order(split: Split) -> np.ndarray | None:
     return order
 
 
-def _log_warnings(lines: Sequence[str]) -> None:
-    for line in lines:
-        logger.warning("%s", line)
+def _log_warnings(warnings: Sequence[Finding]) -> None:
+    for finding in warnings:
+        logger.warning("%s", finding)
 
 
 def label_map_for(annotations: Annotations) -> LabelMap:

@@ -37,7 +37,20 @@ def is_text(name: str) -> bool:
 
 
 class BadImageError(ValueError):
-    """An image file that cannot be decoded, or is not what its annotation says; the text names the file."""
+    """An image file that cannot be decoded, or is not what its annotation says.
+
+    Attributes:
+        path: The file.
+        problem: What is wrong with it, without its name.
+    """
+
+    def __init__(self, path: Path | str, problem: str = "") -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        """Return both in one line; torch makes the error of a loading process anew from one text, its traceback."""
+        return f"{self.path}: {self.problem}" if self.problem else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ def read_header(path: Path) -> ImageHeader:
         with _open(path) as image:
             return ImageHeader(image.height, image.width, _orientation(image), image.mode)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise BadImageError(f"{path}: cannot read the image header: {_reason(error)}") from error
+        raise BadImageError(path, f"cannot read the image header: {_reason(error)}") from error
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool = True) -> np.ndarray:
@@ -119,11 +132,12 @@ def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
             else:
                 pixels = _to_rgb(image)
     except Exception as error:
-        raise BadImageError(f"{path}: cannot decode the image: {_reason(error)}") from error
+        raise BadImageError(path, f"cannot decode the image: {_reason(error)}") from error
     if size is not None and pixels.shape[:2] != size:
         raise BadImageError(
-            f"{path}: the image is {pixels.shape[1]} x {pixels.shape[0]} (width x height), "
-            f"its annotations say {size[1]} x {size[0]}"
+            path,
+            f"the image is {pixels.shape[1]} x {pixels.shape[0]} (width x height), "
+            f"its annotations say {size[1]} x {size[0]}",
         )
     return pixels
 

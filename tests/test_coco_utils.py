@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from annotations.arrays import Annotations, cached_annotations, load_annotations, save_annotations
-from annotations.findings import BadDataError
+from annotations.findings import LINES_PER_KIND, BadDataError
 from coco_utils import read_coco, read_json, to_coco
 from helpers.drawn import draw_coco
 
@@ -179,7 +179,8 @@ def test_skip_leaves_out_the_object_or_the_image_and_counts_it(tmp_path):
     value = content(annotations__0__bbox=[5, 5, -2, 3])
     annotations = read(tmp_path, value, on_bad_data="skip")
     assert annotations.num_objects == 1 and annotations.category_ids.tolist() == [7]
-    assert "negative width" in annotations.warnings[0] and "left out" in annotations.warnings[0]
+    (warning,) = annotations.warnings
+    assert "negative width" in warning.problem and "left out" in warning.remedy and not warning.is_error
     value = content(images__0__height=0)
     value["images"].append({"id": 2, "file_name": "b.jpg", "height": 9, "width": 9})
     annotations = read(tmp_path, value, on_bad_data="skip")
@@ -190,7 +191,7 @@ def test_empty_and_cut_boxes_of_coco_files_are_warnings(tmp_path):
     value = content(annotations__0__bbox=[5, 6, 0, 30], annotations__1__bbox=[50, 40, 20, 30])
     annotations = read(tmp_path, value)
     assert annotations.num_objects == 2  # scored as the file says
-    assert "has no inside" in annotations.warnings[0] and "cut to the image" in annotations.warnings[1]
+    assert "has no inside" in annotations.warnings[0].problem and "cut to the image" in annotations.warnings[1].remedy
 
 
 def test_a_mask_model_needs_segmentations(tmp_path):
@@ -199,8 +200,13 @@ def test_a_mask_model_needs_segmentations(tmp_path):
 
 
 def test_the_cache_gives_the_same_arrays_and_notices_a_changed_file(tmp_path):
-    root = draw_coco(tmp_path / "coco", num_keypoints=17)
+    root = draw_coco(tmp_path / "coco", num_images=20, num_keypoints=17)
     path = root / "annotations" / "person_keypoints_train2017.json"
+    value = json.loads(path.read_text())
+    num_objects = len(value["annotations"])
+    for record in value["annotations"]:
+        record["bbox"][2] = 0
+    path.write_text(json.dumps(value))
     builds = []
 
     def build():
@@ -215,6 +221,8 @@ def test_the_cache_gives_the_same_arrays_and_notices_a_changed_file(tmp_path):
         assert (getattr(second, name) == getattr(plain, name)).all()
     assert second.categories == plain.categories and second.keypoint_names == plain.keypoint_names
     assert second.skeleton == plain.skeleton and second.file_name(2) == plain.file_name(2)
+    assert second.warnings == plain.warnings and len(plain.warnings) == LINES_PER_KIND + 1
+    assert plain.warnings[-1].count == num_objects - LINES_PER_KIND and "has no inside" in plain.warnings[0].problem
 
     path.touch()  # another time, the same content
     cached_annotations(path, build, tmp_path / "cache")

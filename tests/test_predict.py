@@ -137,6 +137,20 @@ def test_broken_and_bomb_files_are_reported_and_the_others_predicted(checkpoints
     assert "skipped: " in error and "0a.png" in error
 
 
+def test_reasons_do_not_repeat_the_path_whatever_is_in_it(checkpoints, tmp_path, capfd):
+    folder = tmp_path / "photos: new"
+    folder.mkdir()
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "good.png")
+    (folder / "empty.png").write_bytes(b"")
+    flags = ["--checkpoint", checkpoints[MODELS[0]], folder, "--output-dir", tmp_path / "out"]
+    assert run(*flags) == predict.EXIT_SOME_SKIPPED
+    (entry,) = read(tmp_path / "out")[0]["skipped"]
+    assert entry["file_name"] == str(folder / "empty.png") and entry["reason"].startswith(
+        "cannot read the image header"
+    )
+    assert f"skipped: {folder / 'empty.png'}: {entry['reason']}\n" in capfd.readouterr().err
+
+
 def test_nothing_readable_is_an_error(checkpoints, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(b"no")
     assert run("--checkpoint", checkpoints[MODELS[0]], tmp_path / "a.png", "--output-dir", tmp_path / "out") == 1

@@ -1,5 +1,7 @@
 """Every kind of image becomes RGB with its real brightness; broken ones are named."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -117,3 +119,16 @@ def test_files_that_stand_in_both_splits_are_found(tmp_path):
     train, val = ([tmp_path / folder / name for name in names] for folder, names in (("train", "abc"), ("val", "xyz")))
     assert find_shared_files(train, val) == [(tmp_path / "train" / "b", tmp_path / "val" / "y")]
     assert find_shared_files([], val) == []
+
+
+def test_an_error_keeps_path_and_problem_apart_also_between_processes(tmp_path):
+    path = tmp_path / "photos: new" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(b"no")
+    with pytest.raises(BadImageError) as caught:
+        read_image(path)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert error.path == path and error.problem.startswith("cannot decode the image: ")
+        assert str(error) == f"{path}: {error.problem}"
+    # torch makes the error of a loading process anew from its traceback.
+    assert str(BadImageError("Traceback ...\nimages.BadImageError: a.png: no image")).endswith("a.png: no image")
