@@ -110,7 +110,7 @@ def _canvas_size(flat_inputs: list[Any]) -> tuple[int, int]:
     """Return (height, width) of the sample."""
     for x in flat_inputs:
         if isinstance(x, LazyImage):
-            return x.view.height, x.view.width
+            return x.shown.height, x.shown.width
     return next(x for x in flat_inputs if isinstance(x, tv_tensors.BoundingBoxes)).canvas_size
 
 

@@ -157,8 +157,10 @@ class DetectionDataset(Dataset[Sample]):
         image = LazyImage.of(pixels, boxes)
         if self.transforms is not None:
             image = self.transforms(image)
+            if not isinstance(image, LazyImage):
+                raise TypeError(f"the transforms turned a LazyImage into {type(image).__name__}; leave that step out")
 
-        placement = image.view.place()
+        placement = image.shown.place()
         moved = placement.move_boxes(boxes)
         sides, old_sides = moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2]
         # What a crop or a shrink leaves less than a pixel of is no longer to be seen; a tiny object that was

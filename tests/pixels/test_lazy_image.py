@@ -8,6 +8,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from loading.samples import DetectionDataset, LabelMap
+from loading.splits import load_shapes_split
 from pixels.geometry import View
 from pixels.lazy_image import LazyImage, finish_masks, finish_pixels, render
 from pixels.masks import block_from_mask, paste_blocks
@@ -35,18 +37,18 @@ def chw(pixels):
 
 def test_a_flip_differs_by_nothing():
     image, _ = run(v2.RandomHorizontalFlip(1.0), photo())
-    assert (render(image, image.view.place()) == photo()[:, ::-1]).all()
+    assert (render(image, image.shown.place()) == photo()[:, ::-1]).all()
 
 
 def test_flipping_twice_is_the_identity():
     image, _ = run(v2.Compose([v2.RandomHorizontalFlip(1.0)] * 2), photo())
-    assert image.view == View.of(96, 128)
+    assert image.shown == View.of(96, 128)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (200, 300), (97, 31)])
 def test_a_resize_differs_from_pillow_by_one_level_at_most(size):
     image, _ = run(v2.Resize(list(size)), photo())
-    pixels = render(image, image.view.place()).astype(int)
+    pixels = render(image, image.shown.place()).astype(int)
     pillow = np.asarray(Image.fromarray(photo()).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(pixels - pillow).max() <= 1
     assert (pixels != pillow).mean() < 0.02
@@ -54,7 +56,7 @@ def test_a_resize_differs_from_pillow_by_one_level_at_most(size):
 
 def test_a_resize_without_antialias_is_the_models_own_up_to_rounding():
     image, _ = run(v2.Resize([50, 50], antialias=False), photo())
-    pixels = render(image, image.view.place()).astype(float)
+    pixels = render(image, image.shown.place()).astype(float)
     exact = torch.nn.functional.interpolate(chw(photo())[None].float(), size=(50, 50), mode="bilinear")[0]
     assert np.abs(pixels - exact.permute(1, 2, 0).numpy()).max() <= 1.0
 
@@ -66,8 +68,8 @@ def test_crop_and_pad_differ_by_nothing():
         torch.manual_seed(seed)
         canvas = tv_tensors.BoundingBoxes([[10.0, 10, 60, 50]], format="XYXY", canvas_size=(96, 128))
         expected, _ = steps(tv_tensors.Image(chw(photo())), canvas)
-        assert (render(image, image.view.place()) == expected.permute(1, 2, 0).numpy()).all()
-        moved = image.view.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
+        assert (render(image, image.shown.place()) == expected.permute(1, 2, 0).numpy()).all()
+        moved = image.shown.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
         assert np.allclose(moved, boxes.numpy())
 
 
@@ -83,7 +85,7 @@ def test_boxes_follow_any_order_of_operations():
     for _ in range(20):
         order = rng.permutation(4)
         image, boxes = run(v2.Compose([steps[i] for i in order]), photo())
-        moved = image.view.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
+        moved = image.shown.place().move_boxes(np.array([[10.0, 10, 60, 50]], dtype=np.float32))
         assert np.abs(moved - boxes.numpy()).max() <= 1.0, order  # half a source pixel is rounded
 
 
@@ -97,7 +99,7 @@ def test_large_scale_jitter_moves_no_edge_by_more_than_half_a_source_pixel():
     checked = 0
     for seed in range(30):
         image, _ = run(transform, ramp, seed=seed)
-        view = image.view
+        view = image.shown
         got = render(image, view.place()).astype(float)
         whole = Image.fromarray(ramp).resize(
             (round(width * view.scale_x), round(height * view.scale_y)), Image.Resampling.BILINEAR
@@ -120,7 +122,7 @@ def test_masks_resized_inside_their_blocks_equal_the_resized_canvas(size, flip):
         mask[y : y + 16, x : x + 28] = rng.random((16, 28))[: 96 - y, : 128 - x] < 0.7
     steps = v2.Compose([v2.Resize(list(size)), v2.RandomHorizontalFlip(float(flip))])
     image, _ = run(steps, photo())
-    placement = image.view.place()
+    placement = image.shown.place()
     blocks = [placement.crop_block(block_from_mask(mask)) for mask in masks]
     small = paste_blocks([placement.resize_block(block) for block in blocks], *size)
     expected = finish_masks(torch.from_numpy(paste_blocks(blocks, *placement.source_size)), placement)
@@ -133,7 +135,7 @@ def test_finishing_on_the_device_equals_rendering_in_the_worker():
     transform = v2.Compose([v2.ScaleJitter((160, 160), (0.3, 2.0)), FixedSizeCrop(160, 160), v2.RandomHorizontalFlip()])
     for seed in range(10):
         image, _ = run(transform, photo(), seed=seed)
-        placement = image.view.place()
+        placement = image.shown.place()
         in_worker = render(image, placement).astype(np.float32) / 255
         part = chw(render(image, placement, resize=False)).float() / 255
         on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy()
@@ -148,7 +150,7 @@ def test_recolouring_on_the_device_equals_rendering_in_the_worker():
     for seed in range(20):
         torch.manual_seed(seed)
         image = transform(LazyImage.of(photo(), boxes))
-        placement = image.view.place()
+        placement = image.shown.place()
         in_worker = render(image, placement).astype(np.float32)
         part = chw(render(image, placement, resize=False)).float() / 255
         on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy() * 255
@@ -163,13 +165,134 @@ def test_no_strip_of_the_fill_colour_stays_where_an_enlarged_picture_is_cropped(
     transform = v2.Compose([v2.ScaleJitter((160, 160), (1.2, 2.0)), FixedSizeCrop(160, 160), v2.RandomHorizontalFlip()])
     for seed in range(30):
         image, _ = run(transform, photo(), seed=seed)
-        assert image.view.place().fills_canvas
+        assert image.shown.place().fills_canvas
 
 
-def test_an_operation_without_a_kernel_fails_instead_of_using_stale_pixels():
-    with pytest.raises((RuntimeError, AttributeError, ValueError)):
-        blurred = v2.GaussianBlur(3)(LazyImage.of(photo()))
-        render(blurred, blurred.view.place())
+# Every transform of v2 that changes pictures: those that work, and those that say so.
+NOTED = [
+    v2.Identity(), v2.RandomHorizontalFlip(1.0), v2.Resize((40, 50)), v2.Resize(40), v2.Resize(None, max_size=70),
+    v2.Resize(60, max_size=70), v2.RandomResize(20, 30), v2.RandomShortestSize([30]), v2.ScaleJitter((40, 40)),
+    v2.CenterCrop(21), v2.CenterCrop((200, 30)), v2.RandomCrop(20), v2.RandomResizedCrop((20, 31)), v2.Pad(3),
+    v2.Pad([3, 5], fill=(1, 2, 3)), v2.Pad([1, 2, 3, 4], fill=7), v2.RandomZoomOut(p=1.0), v2.RandomIoUCrop(),
+    v2.ColorJitter(0.1, 0.1, 0.1, 0.1), v2.RandomPhotometricDistort(), v2.RandomChannelPermutation(), v2.RGB(),
+    v2.ToImage(), v2.ClampBoundingBoxes(), v2.ClampKeyPoints(), v2.SanitizeBoundingBoxes(),
+    v2.ConvertBoundingBoxFormat("XYWH"), v2.SetClampingMode("soft"),
+]  # fmt: skip
+OF_ONE_PIXEL = [
+    v2.RandomInvert(1.0), v2.RandomSolarize(100, 1.0), v2.RandomPosterize(3, 1.0), v2.Grayscale(3),
+    v2.RandomGrayscale(1.0), v2.Lambda(lambda x: tvf.adjust_gamma(x, 1.5)),
+]  # fmt: skip
+OF_MANY_PIXELS = [
+    v2.RandomAutocontrast(1.0), v2.RandomEqualize(1.0), v2.RandomAdjustSharpness(2, 1.0), v2.GaussianBlur(5),
+    v2.GaussianNoise(), v2.JPEG(50),
+]  # fmt: skip
+REFUSED = [
+    (v2.RandomVerticalFlip(1.0), "vertical_flip"), (v2.RandomRotation(30), "rotate"), (v2.RandomAffine(30), "affine"),
+    (v2.RandomPerspective(p=1.0), "perspective"), (v2.ElasticTransform(), "elastic"), (v2.RandomErasing(1.0), "erase"),
+    (v2.Normalize([0.5] * 3, [0.5] * 3), "normalize"), (v2.ToDtype(torch.float32, scale=True), "to_dtype"),
+    (v2.ConvertImageDtype(torch.float32), "to_dtype"), (v2.FiveCrop(20), "five_crop"), (v2.TenCrop(20), "ten_crop"),
+    (v2.Pad(3, padding_mode="reflect"), "pad with padding_mode 'reflect'"), (v2.ToPILImage(), "torch's permute"),
+    (v2.Resize((9, 9), interpolation=v2.InterpolationMode.NEAREST), "resize with .*NEAREST"),
+    (v2.Grayscale(1), "rgb_to_grayscale to"), (v2.Lambda(lambda x: torch.flip(x, (0,))), "torch's flip"),
+    (v2.Compose([v2.Resize((40, 40)), v2.GaussianBlur(3)]), "gaussian_blur after a crop, pad or resize"),
+    (v2.AugMix(), "torch's reshape"),
+]  # fmt: skip
+# They draw one of the operations above at random; or change no pictures, or batches; or leave the tensor's class behind.
+COMPOSED = {"AutoAugment", "RandAugment", "TrivialAugmentWide"}
+OTHERS = {
+    "Transform",
+    "SanitizeKeyPoints",
+    "CutMix",
+    "MixUp",
+    "UniformTemporalSubsample",
+    "ConvertBoundingBoxFormat",
+    "ToPureTensor",
+}
+OTHERS |= {"LinearTransformation", "PILToTensor", "ToTensor", "Compose", "RandomApply", "RandomChoice", "RandomOrder"}
+
+
+def test_every_transform_of_v2_is_in_one_of_the_lists():
+    tried = [*NOTED, *OF_ONE_PIXEL, *OF_MANY_PIXELS, *(transform for transform, _ in REFUSED)]
+    known = {type(transform).__name__ for transform in tried} | COMPOSED | OTHERS
+    names = {name for name, c in vars(v2).items() if isinstance(c, type) and issubclass(c, v2.Transform)}
+    assert names <= known, names - known
+
+
+def named(transform):
+    return str(transform)[:40]
+
+
+@pytest.mark.parametrize("transform", NOTED, ids=named)
+def test_what_is_noted_down_has_the_size_and_boxes_of_torchvisions(transform):
+    boxes = torch.tensor([[10.0, 10, 60, 50]])
+    canvas = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(96, 128))
+    torch.manual_seed(0)
+    image, entries = transform(LazyImage.of(photo(), boxes.numpy()), {"boxes": canvas, "labels": torch.tensor([1])})
+    torch.manual_seed(0)
+    plain, expected = transform(tv_tensors.Image(chw(photo())), {"boxes": canvas, "labels": torch.tensor([1])})
+    placement = image.shown.place()
+    got = render(image, placement)
+    assert got.shape == (*plain.shape[1:], 3)
+    theirs = tvf.convert_bounding_box_format(expected["boxes"], new_format="XYXY")
+    if len(theirs) and not isinstance(transform, v2.RandomIoUCrop):  # which leaves dropped boxes as zeros
+        assert np.abs(placement.move_boxes(boxes.numpy()) - theirs.numpy()).max() < 0.51
+        difference = np.abs(got.astype(int) - plain.permute(1, 2, 0).numpy().astype(int))
+        assert difference.mean() <= 3
+
+
+@pytest.mark.parametrize("transform", [*OF_ONE_PIXEL, *OF_MANY_PIXELS], ids=named)
+def test_colour_operations_that_cannot_be_noted_down_equal_torchvisions(transform):
+    pixels = photo() // 2 + 20  # room for more contrast
+    torch.manual_seed(0)
+    image = transform(LazyImage.of(pixels))
+    torch.manual_seed(0)
+    expected = transform(tv_tensors.Image(chw(pixels))).permute(1, 2, 0).numpy()
+    assert (render(image, image.shown.place()) == expected).all()
+    assert (expected != pixels).any()
+    if isinstance(transform, v2.GaussianNoise):  # its noise depends on how the tensor lies in memory
+        return
+    # After a flip and a change of brightness that are only noted down.
+    before = [v2.RandomHorizontalFlip(1.0), v2.Lambda(lambda x: tvf.adjust_brightness(x, 0.7))]
+    torch.manual_seed(0)
+    image = v2.Compose([*before, transform])(LazyImage.of(pixels))
+    torch.manual_seed(0)
+    expected = v2.Compose([before[1], transform])(tv_tensors.Image(chw(pixels))).flip(-1).permute(1, 2, 0).numpy()
+    assert np.abs(render(image, image.shown.place()).astype(int) - expected).mean() <= 1  # brightness is rounded
+
+
+@pytest.mark.parametrize("transform", OF_ONE_PIXEL, ids=named)
+def test_colours_of_single_pixels_change_after_a_crop_too(transform):
+    steps = [v2.CenterCrop((40, 50)), transform]
+    image = v2.Compose(steps)(LazyImage.of(photo()))
+    expected = v2.Compose(steps)(tv_tensors.Image(chw(photo()))).permute(1, 2, 0).numpy()
+    assert (render(image, image.shown.place()) == expected).all()
+
+
+@pytest.mark.parametrize(("transform", "name"), REFUSED, ids=[named(t) for t, _ in REFUSED])
+def test_what_does_not_work_says_which_and_what_does(transform, name):
+    with pytest.raises(TypeError, match=f"({name}).* does not work on a LazyImage.* use these: horizontal_flip, crop"):
+        transform(LazyImage.of(photo()))
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSED))
+def test_random_policies_work_or_name_the_operation(name):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        try:
+            image = getattr(v2, name)()(LazyImage.of(photo()))
+            assert render(image, image.shown.place()).shape == (96, 128, 3)
+        except TypeError as error:
+            assert "does not work on a LazyImage" in str(error)
+
+
+def test_a_picture_that_is_no_longer_lazy_is_refused_with_its_class():
+    split = load_shapes_split("train")
+    dataset = DetectionDataset(
+        split.annotations, split.images, LabelMap.contiguous(split.annotations.categories),
+        transforms=v2.Compose([v2.ToPureTensor()]),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="turned a LazyImage into Tensor"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -179,7 +302,7 @@ def test_colour_changes_are_torchvisions_within_a_bound(seed):
     params = v2.RandomPhotometricDistort().make_params([chw(photo(seed=seed))])
     plain = v2.RandomPhotometricDistort().transform(chw(photo(seed=seed)), params)
     noted = v2.RandomPhotometricDistort().transform(LazyImage.of(photo(seed=seed)), params)
-    got = render(noted, noted.view.place()).astype(int)
+    got = render(noted, noted.shown.place()).astype(int)
     difference = np.abs(got - plain.permute(1, 2, 0).numpy().astype(int))
     assert difference.max() <= 4
     assert difference.mean() <= 1.0
@@ -188,7 +311,7 @@ def test_colour_changes_are_torchvisions_within_a_bound(seed):
 def test_hue_alone_equals_torchvision_up_to_rounding():
     for shift in (-0.05, 0.02, 0.05):
         noted = tvf.adjust_hue(LazyImage.of(photo()), shift)
-        got = render(noted, noted.view.place()).astype(int)
+        got = render(noted, noted.shown.place()).astype(int)
         plain = tvf.adjust_hue(chw(photo()), shift).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(got - plain).max() <= 1
 
@@ -216,7 +339,7 @@ def test_iou_crop_has_the_distribution_of_torchvisions():
 
 def test_iou_crop_leaves_images_without_boxes_whole():
     image, _ = run(RandomIoUCrop(), photo(), boxes=torch.zeros(0, 4))
-    assert image.view == View.of(96, 128)
+    assert image.shown == View.of(96, 128)
 
 
 def test_keypoints_leave_with_visibility_zero_and_swap_in_a_mirror():
