@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -83,7 +82,13 @@ def _pens_for(height: int, width: int, shown_at: int | None) -> _Pens:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's DejaVu Sans; Pillow's own font has no letter beyond ASCII."""
+    """Return matplotlib's DejaVu Sans; without matplotlib Pillow's own font, which has no letter beyond ASCII."""
+    try:
+        import matplotlib  # here: commands that draw nothing do not wait for it
+    except ImportError:
+        font = ImageFont.load_default(size)
+        assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is
+        return font
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 

@@ -1,11 +1,15 @@
 """Pictures show what they are told to, where they are told to, at any size."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from annotations.skeleton import Skeleton
+from conftest import ROOT
 from pixels.masks import MaskBlock
 from report.drawing import PALETTE, Drawn, contact_sheet, draw_objects, save_picture
 
@@ -123,3 +127,20 @@ def test_pictures_are_saved_by_suffix(tmp_path, suffix):
     save_picture(blank(30, 40), tmp_path / f"a{suffix}")
     with Image.open(tmp_path / f"a{suffix}") as image:
         assert image.size == (40, 30) and image.getpixel((5, 5)) == (GREY,) * 3
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["with matplotlib", "without"])
+def test_matplotlib_is_loaded_when_text_is_drawn_and_not_needed_for_it(without, tmp_path):
+    program = f"""
+import sys
+if {without}:
+    sys.modules["matplotlib"] = None  # an import of it fails
+import predict, drawing, torch
+assert not sys.modules.get("matplotlib")
+objects = drawing.Drawn([[10, 40, 60, 90]], ["a caption"], [1])
+drawing.save_picture(drawing.draw_objects(torch.zeros(3, 100, 200, dtype=torch.uint8), objects), "drawn.png")
+assert bool(sys.modules.get("matplotlib")) == (not {without})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    picture = np.asarray(Image.open(tmp_path / "drawn.png"))
+    assert (picture[:38] > 0).any()  # the caption stands above the box

@@ -3,9 +3,12 @@
 import csv
 import json
 import shutil
+import sys
 
+import drawing
 import numpy as np
 import pytest
+import run_folder
 from PIL import Image
 
 import compare
@@ -187,10 +190,13 @@ def test_without_predictions_there_are_no_pictures_and_all_else(mask_data, tmp_p
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
 def test_a_missing_library_costs_its_files_and_one_line(library, mask_data, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(run_folder, "find_spec", lambda name: None if name == library else object())
+    monkeypatch.setitem(sys.modules, library, None)  # an import of it fails
     run_folder.is_installed.cache_clear()
+    drawing._font.cache_clear()
     for epoch in (0, 1):
         evaluate_once(mask_data, tmp_path, "mask", epoch=epoch, noise=1)
     run_folder.is_installed.cache_clear()
+    drawing._font.cache_clear()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [w for w in warnings if library in w] == [
         f"{library} is not installed, what needs it is left out: pip install {library}"
@@ -198,7 +204,7 @@ def test_a_missing_library_costs_its_files_and_one_line(library, mask_data, tmp_
     assert not any("no complete report" in w for w in warnings)
     assert bool(list((tmp_path / "eval").glob("*.png"))) == (library != "matplotlib")
     assert (tmp_path / "report.html").exists() == (library != "jinja2")
-    assert (tmp_path / "best" / "figures.csv").exists()
+    assert (tmp_path / "best" / "figures.csv").exists() and list((tmp_path / "eval").glob("*.jpg"))
 
 
 def test_a_report_that_fails_is_a_warning(mask_data, tmp_path, caplog, monkeypatch):
