@@ -26,23 +26,25 @@ from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
 from loading.splits import Data, training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
-from utils import Distributed, choose_device, setup_logging
+from utils import Distributed, HelpFormatter, choose_device, setup_logging
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Look over a dataset before training on it",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=add_help,
     )
     group = parser.add_argument_group("check")
     group.add_argument(
         "--images", action=argparse.BooleanOptionalAction, default=True, help="decode images and look for copies"
     )
-    group.add_argument("--view", default=0, type=int, metavar="N", help="write pictures of N samples")
-    group.add_argument("--output-dir", default="runs/check", help="where --view writes")
-    group.add_argument("--seed", default=0, type=int, help="of the samples and their augmentation")
+    group.add_argument(
+        "--view", default=0, type=int, metavar="N", help="draw N samples as annotated and as augmented; 0: none"
+    )
+    group.add_argument("--output-dir", default="runs/check", metavar="DIR", help="write --view's pictures here")
+    group.add_argument("--seed", default=0, type=int, help="draw samples and their augmentation from this number")
     add_data_flags(parser)
     add_model_choice(parser.add_argument_group("model"))
     parser.set_defaults(max_dets=None, rpn_score_thresh=None)

@@ -21,7 +21,7 @@ import numpy as np
 from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, compare_figure, draw_weights, resample
 from evaluation.eval_result import SavedMatches
 from runtime.run_folder import BEST, NEWEST, read_summary
-from utils import setup_logging
+from utils import HelpFormatter, setup_logging
 
 logger = logging.getLogger("compare")
 
@@ -32,14 +32,18 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Compare two runs on the same images",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=add_help,
     )
-    parser.add_argument("first", help="folder of a run")
-    parser.add_argument("second", help="folder of another run")
-    parser.add_argument("--evaluation", default="best", choices=("best", "newest"), help="which one of each run")
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="random sets of images")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the random sets")
+    parser.add_argument("first", metavar="FIRST", help="compare the run in this folder")
+    parser.add_argument("second", metavar="SECOND", help="compare it with the run in this folder")
+    parser.add_argument(
+        "--evaluation", default="best", choices=("best", "newest"), help="compare the best or the newest evaluations"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="draw N random sets of images, at least 2"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="draw the sets of images from this number, 0 or more")
     parser.add_argument("--json", metavar="FILE", help="also write the differences to FILE")
     return parser
 

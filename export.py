@@ -38,7 +38,8 @@ from inference.detector import Detector, find_images, load_detector
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
-from utils import setup_logging, versions
+from runtime.run_folder import versions
+from utils import HelpFormatter, setup_logging, versions
 
 logger = logging.getLogger("export")
 
@@ -52,13 +53,17 @@ Runner = Callable[[Tensor], Outputs]
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Export a trained model and check it", formatter_class=formatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of train.py")
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
-    parser.add_argument("--output", metavar="FILE", help="by default the checkpoint's name with another suffix")
+    parser = argparse.ArgumentParser(description="Export a trained model and check it", formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="export the model in this file of train.py")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="write the model in this format")
     parser.add_argument(
-        "--images", nargs="+", metavar="PATH", help="pictures, folders or globs to compare on; drawn shapes by default"
+        "--output", metavar="FILE", help="write to this file; default: the checkpoint's name with another suffix"
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="compare file and model on these pictures, folders or globs; default: drawn shapes",
     )
     return parser
 

@@ -19,7 +19,7 @@ from optimization.optimizer import OPTIMIZERS
 from optimization.schedule import SCHEDULERS
 from optimization.step import ON_NAN
 from presets import PRESETS, RESIZING_PRESETS
-from utils import choose_device
+from utils import HelpFormatter, choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser; groups are in the order in which ``train.py`` uses them."""
     parser = argparse.ArgumentParser(
         description="Train and evaluate torchvision's detectors",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=add_help,
     )
     _add_process_flags(parser)
@@ -46,10 +46,16 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("process")
-    group.add_argument("--device", default=None, help="torch device; cuda where there is one, else cpu")
-    group.add_argument("--world-size", default=1, type=int, help="number of processes; torchrun and SLURM set it")
-    group.add_argument("--dist-url", default="env://", help="init method of torch.distributed")
-    group.add_argument("--seed", default=0, type=int, help="of order, augmentation, start weights and sampling")
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help="compute on this torch device, such as cuda:1 or cpu; default: cuda if any",
+    )
+    group.add_argument("--world-size", default=1, type=int, help=argparse.SUPPRESS)
+    group.add_argument("--dist-url", default="env://", metavar="URL", help="let processes find each other at this URL")
+    group.add_argument(
+        "--seed", default=0, type=int, help="draw the order of images, augmentations and new weights from this number"
+    )
     group.add_argument(
         "--use-deterministic-algorithms", action="store_true", help="refuse operations that vary from run to run"
     )
@@ -61,132 +67,214 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the group that says which data are used, and how they are loaded and augmented."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", default=DEFAULT_DATA_PATH, help="root of the dataset; for custom: ./custom")
-    group.add_argument("--dataset", default="coco", type=str.lower, choices=DATASETS)
-    group.add_argument("--train-images", help="image folder of another COCO-style training split")
-    group.add_argument("--train-annotations", help="its COCO json")
-    group.add_argument("--val-images", help="image folder of another COCO-style validation split")
-    group.add_argument("--val-annotations", help="its COCO json")
     group.add_argument(
-        "--keep-negatives",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="train on images without objects too; default: only for custom and shapes",
-    )
-    group.add_argument("--on-bad-data", default="error", choices=ON_BAD_DATA, help="stop at bad data, or leave it out")
-    group.add_argument("--cache-dir", help="folder for annotation caches; default: below ~/.cache")
-    group.add_argument("-b", "--batch-size", default=2, type=int, help="images per process and step")
-    group.add_argument("-j", "--workers", default=4, type=int, metavar="N", help="loading processes per process")
+        "--data-path", default=DEFAULT_DATA_PATH, metavar="DIR",
+        help="read the dataset in this folder; for custom, ./custom if not given"
+    )  # fmt: skip
     group.add_argument(
-        "--aspect-ratio-group-factor", default=3, type=int, help="k: 2 k + 2 groups of similar images; negative: none"
-    )
-    group.add_argument("--data-augmentation", default="hflip", type=str.lower, choices=PRESETS)
-    group.add_argument("--use-copypaste", action="store_true", help="paste objects between images; with lsj and masks")
+        "--dataset", default="coco", type=str.lower, choices=DATASETS,
+        help="read COCO's objects (coco), COCO-style keypoints (coco_kp), one json per image (custom), or "
+        "draw shapes (shapes)"
+    )  # fmt: skip
+    group.add_argument("--train-images", metavar="DIR", help="read training images of another COCO-style set here")
+    group.add_argument("--train-annotations", metavar="FILE", help="read the COCO json of --train-images here")
+    group.add_argument("--val-images", metavar="DIR", help="read validation images of another COCO-style set here")
+    group.add_argument("--val-annotations", metavar="FILE", help="read the COCO json of --val-images here")
     group.add_argument(
-        "--backend", default="pil", type=str.lower, choices=("pil", "tensor", "tv_tensor"), help="no effect"
+        "--keep-negatives", action=argparse.BooleanOptionalAction, default=None,
+        help="train on images without objects too; default: only for custom and shapes"
+    )  # fmt: skip
+    group.add_argument(
+        "--on-bad-data", default="error", choices=ON_BAD_DATA, help="stop at faulty objects and images, or skip them"
     )
-    group.add_argument("--use-v2", action="store_true", help="no effect: transforms are always v2")
+    group.add_argument(
+        "--cache-dir", metavar="DIR", help="keep parsed annotations in this folder; default: below ~/.cache"
+    )
+    group.add_argument(
+        "-b", "--batch-size", default=2, type=int, metavar="N", help="train on N images per process and step, N >= 1"
+    )
+    group.add_argument(
+        "-j", "--workers", default=4, type=int, metavar="N", help="load images in N more processes per process; 0: none"
+    )
+    group.add_argument(
+        "--aspect-ratio-group-factor", default=3, type=int, metavar="K",
+        help="batch images of similar shape, in 2 K + 2 groups: 3 makes 8 groups, 0 makes 2, -1 none"
+    )  # fmt: skip
+    group.add_argument(
+        "--data-augmentation", default="hflip", type=str.lower, choices=PRESETS,
+        help="change training images at random: mirror (hflip), resize (multiscale), resize and crop (lsj), "
+        "or crop and recolour as for SSD and SSDlite (ssd, ssdlite)"
+    )  # fmt: skip
+    group.add_argument(
+        "--use-copypaste", action="store_true", help="paste objects between images; needs lsj and a mask model"
+    )
+    group.add_argument(
+        "--backend", default="pil", type=str.lower, choices=("pil", "tensor", "tv_tensor"), help=argparse.SUPPRESS
+    )
+    group.add_argument("--use-v2", action="store_true", help=argparse.SUPPRESS)
 
 
 def add_model_choice(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say which model and what it resizes images to."""
-    group.add_argument("--model", default="maskrcnn_resnet50_fpn", choices=ARCHITECTURES)
-    group.add_argument("--min-size", type=int, nargs="+", metavar="PIXELS", help="short sides the model resizes to")
-    group.add_argument("--max-size", type=int, metavar="PIXELS", help="limit of the long side")
+    group.add_argument(
+        "--model", default="maskrcnn_resnet50_fpn", choices=ARCHITECTURES, metavar="NAME",
+        help=f"build this model of torchvision: {', '.join(ARCHITECTURES)}"
+    )  # fmt: skip
+    group.add_argument(
+        "--min-size", type=int, nargs="+", metavar="PIXELS",
+        help="resize the short side of images to this length, or to one of these at random in training"
+    )  # fmt: skip
+    group.add_argument("--max-size", type=int, metavar="PIXELS", help="shrink images further until no side is longer")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add_model_choice(group)
-    group.add_argument("--weights", help="weights enum entry, state dict or checkpoint to start the whole model from")
-    group.add_argument("--weights-backbone", help="weights enum entry or state dict to start the backbone from")
     group.add_argument(
-        "--trainable-backbone-layers", type=int, help="stages to train, from the output on; default: the model's own"
+        "--weights", metavar="NAME|FILE", help="start the model from an entry of torchvision's weights, or from a file"
     )
-    group.add_argument("--rpn-score-thresh", type=float, help="of R-CNN models")
-    group.add_argument("--sync-bn", action="store_true", help="batch norms over all processes")
+    group.add_argument(
+        "--weights-backbone", metavar="NAME|FILE", help="start the backbone alone from torchvision's weights or a file"
+    )
+    group.add_argument(
+        "--trainable-backbone-layers", type=int, metavar="N",
+        help="train the last N stages of the backbone, 0 to all; default: as many as torchvision's model does"
+    )  # fmt: skip
+    group.add_argument(
+        "--rpn-score-thresh", type=float, metavar="SCORE",
+        help="drop region proposals with an objectness below this, 0 to 1; R-CNN models only"
+    )  # fmt: skip
+    group.add_argument("--sync-bn", action="store_true", help="synchronize batch-norm statistics across GPUs")
 
 
 def _add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", default=26, type=int, metavar="N")
-    group.add_argument("--opt", default="sgd", type=_optimizer_name, choices=OPTIMIZERS)
-    group.add_argument("--lr", default=0.02, type=float, help="learning rate; 0.02 is for 8 processes of 2 images")
+    group.add_argument("--epochs", default=26, type=int, metavar="N", help="go through the training images N times")
     group.add_argument(
-        "--scale-lr", action="store_true", help="--lr is for 16 images per update: scale it to the real number"
-    )
-    group.add_argument("--momentum", default=0.9, type=float, metavar="M", help="of SGD")
-    group.add_argument("--wd", "--weight-decay", default=1e-4, type=float, metavar="W", dest="weight_decay")
-    group.add_argument("--norm-weight-decay", type=float, help="weight decay of normalisation layers; default: --wd")
-    group.add_argument("--lr-scheduler", default="multisteplr", type=str.lower, choices=SCHEDULERS)
-    group.add_argument("--lr-steps", default=[16, 22], nargs="+", type=int, metavar="EPOCH", help="of multisteplr")
-    group.add_argument("--lr-gamma", default=0.1, type=float, help="of multisteplr")
-    group.add_argument("--lr-step-size", default=8, type=int, help="no effect, as in torchvision's scripts")
-    group.add_argument("--warmup-iters", type=int, metavar="N", help="updates; default: 1000, at most the first epoch")
-    group.add_argument("--accumulate", default=1, type=int, metavar="N", help="steps per update")
-    group.add_argument("--clip-grad-norm", type=float, metavar="NORM", help="limit of the gradient's norm")
-    group.add_argument("--amp", action="store_true", help="train in mixed precision")
-    group.add_argument(
-        "--amp-dtype", default="auto", choices=("auto", "float16", "bfloat16"), help="auto: bfloat16 if possible"
+        "--opt", default="sgd", type=_optimizer_name, choices=OPTIMIZERS, help="update the weights with this optimizer"
     )
     group.add_argument(
-        "--ema", type=float, nargs="?", const=0.9998, metavar="DECAY", help="average the weights, and score the average"
+        "--lr", default=0.02, type=float, metavar="RATE", help="learn at this rate; 0.02 is for 8 processes of 2 images"
     )
-    group.add_argument("--on-nan", default="stop", choices=ON_NAN, help="what to do when a loss is not finite")
+    group.add_argument(
+        "--scale-lr", action="store_true", help="take --lr as for 16 images per update, and scale it to the real number"
+    )
+    group.add_argument("--momentum", default=0.9, type=float, metavar="M", help="give SGD this momentum, 0 to below 1")
+    group.add_argument(
+        "--wd", "--weight-decay", default=1e-4, type=float, metavar="W", dest="weight_decay",
+        help="pull weights towards 0 with this factor (weight decay)"
+    )  # fmt: skip
+    group.add_argument(
+        "--norm-weight-decay", type=float, metavar="W",
+        help="give normalisation layers a weight decay of their own; default: that of --wd"
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-scheduler", default="multisteplr", type=str.lower, choices=SCHEDULERS,
+        help="lower the learning rate in steps, or along a cosine to 0"
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-steps", default=[16, 22], nargs="+", type=int, metavar="EPOCH", help="lower the rate at these epochs"
+    )
+    group.add_argument(
+        "--lr-gamma", default=0.1, type=float, metavar="FACTOR", help="multiply the rate by this at each of --lr-steps"
+    )
+    group.add_argument("--lr-step-size", default=8, type=int, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--warmup-iters", type=int, metavar="N",
+        help="raise the rate to --lr over the first N updates; default: 1000, but at most one epoch"
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", default=1, type=int, metavar="N", help="add gradients of N batches before each update"
+    )
+    group.add_argument(
+        "--clip-grad-norm", type=float, metavar="NORM", help="shrink gradients with a larger norm to this one, above 0"
+    )
+    group.add_argument("--amp", action="store_true", help="train in mixed precision, which is faster on GPUs")
+    group.add_argument(
+        "--amp-dtype", default="auto", choices=("auto", "float16", "bfloat16"),
+        help="use this dtype with --amp; auto: bfloat16 where the device has it, else float16"
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=float, nargs="?", const=0.9998, metavar="DECAY",
+        help="average the weights with this decay (alone: 0.9998), and score and save the average too"
+    )  # fmt: skip
+    group.add_argument(
+        "--on-nan", default="stop", choices=ON_NAN, help="stop at a loss that is not finite, or skip up to 20 updates"
+    )
 
 
 def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
-    group.add_argument("--channels-last", action="store_true", help="backbone in channels-last order; helps with --amp")
+    group.add_argument(
+        "--channels-last", action="store_true", help="keep the backbone in channels-last order, faster with --amp"
+    )
     group.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
-    group.add_argument("--profile", default=0, type=int, metavar="N", help="profile N steps after the first ones")
+    group.add_argument(
+        "--profile", default=0, type=int, metavar="N", help="measure what N steps spend their time on; 0: nothing"
+    )
 
 
 def _add_checkpoints_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
-        "--output-dir", help="default: custom/result, or runs/<dataset>-<model>-<time>; '' saves nothing"
+        "--output-dir",
+        metavar="DIR",
+        help="write into this folder; default: custom/result, or runs/<dataset>-<model>-<time>; '' saves nothing",
     )
     group.add_argument(
-        "--keep-checkpoints", default=3, type=int, metavar="N", help="model_N.pth files that stay; 0: all"
+        "--keep-checkpoints", default=3, type=int, metavar="N", help="keep the newest N model_<epoch>.pth files; 0: all"
     )
     group.add_argument(
-        "--checkpoint-every", type=_interval, metavar="N", help="also save every N updates; every N minutes: 15m"
-    )
-    group.add_argument("--resume", default="", help="checkpoint to continue; auto: the newest one in --output-dir")
+        "--checkpoint-every", type=_interval, metavar="N",
+        help="also save within an epoch, every N updates, or every N minutes with an m: 15m"
+    )  # fmt: skip
     group.add_argument(
-        "--verify-resume",
-        type=int,
-        nargs="?",
-        const=6,
-        metavar="UPDATES",
-        help="train so many updates (6) with and without an interruption, compare the results, and end",
+        "--resume",
+        default="",
+        metavar="FILE",
+        help="continue or evaluate this file; auto: the newest in --output-dir",
     )
-    group.add_argument("--start-epoch", "--start_epoch", default=0, type=int, metavar="N", help="first epoch")
-    group.add_argument("--print-freq", default=20, type=int, metavar="N", help="steps between log lines")
+    group.add_argument(
+        "--verify-resume", type=int, nargs="?", const=6, metavar="UPDATES",
+        help="train so many updates (6) with and without an interruption, compare the results, and end"
+    )  # fmt: skip
+    group.add_argument(
+        "--start-epoch", "--start_epoch", default=0, type=int, metavar="N", help="begin at epoch N, counted from 0"
+    )
+    group.add_argument("--print-freq", default=20, type=int, metavar="N", help="print a line every N steps, N >= 1")
 
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--test-only", action="store_true", help="evaluate and end; needs no training data")
-    group.add_argument("--eval-every", default=1, type=int, metavar="N", help="epochs between evaluations; 0: never")
-    group.add_argument("--best-metric", metavar="KIND/FIGURE", help="what best.pth is best in; default: AP of the task")
+    group.add_argument("--eval-every", default=1, type=int, metavar="N", help="evaluate every N epochs; 0: never")
+    group.add_argument(
+        "--best-metric",
+        metavar="KIND/FIGURE",
+        help="keep the best epoch by this figure, such as bbox/AP50, in best.pth; default: AP of the task",
+    )
     group.add_argument(
         "--early-stop", default=0, type=int, metavar="N", help="end after N evaluations without a better one; 0: never"
     )
     group.add_argument("--val-loss", action="store_true", help="also report the losses on the validation images")
-    group.add_argument("--eval-batch-size", default=1, type=int, metavar="N", help="images per process and step")
     group.add_argument(
-        "--save-predictions",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write COCO results files of every evaluation into --output-dir",
+        "--eval-batch-size", default=1, type=int, metavar="N", help="evaluate N images per process at a time, N >= 1"
     )
-    group.add_argument("--max-dets", type=int, metavar="N", help="detections per image that are kept and scored")
     group.add_argument(
-        "--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint (COCO's nose: 0.026)"
+        "--save-predictions", action=argparse.BooleanOptionalAction, default=True,
+        help="write COCO results files of every evaluation into --output-dir"
+    )  # fmt: skip
+    group.add_argument(
+        "--max-dets", type=int, metavar="N", help="keep and score the best N detections per image; default: the model's"
     )
-    group.add_argument("--oks-area", default="annotation", choices=OKS_AREAS, help="object area that OKS divides by")
+    group.add_argument(
+        "--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA",
+        help="allow keypoints this error, one for all or one each (COCO's nose: 0.026); default: the dataset's"
+    )  # fmt: skip
+    group.add_argument(
+        "--oks-area", default="annotation", choices=OKS_AREAS,
+        help="divide keypoint errors by the annotated area, the box's, or 0.53 of the box's (box53)"
+    )  # fmt: skip
 
 
 def _optimizer_name(text: str) -> str:
@@ -302,6 +390,8 @@ def log_ineffective_flags(args: argparse.Namespace) -> None:
         logger.info(
             "--use-v2 and --backend change nothing: there is one pipeline, torchvision's transforms v2 on tensors"
         )
+    if args.world_size != 1:
+        logger.warning("--world-size has no effect: torchrun and SLURM say how many processes there are")
     if args.lr_step_size != 8:
         logger.warning("--lr-step-size has no effect, as in torchvision's scripts; use --lr-steps")
     if args.amp_dtype != "auto" and not args.amp:

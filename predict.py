@@ -33,7 +33,7 @@ from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import Drawn, draw_objects, save_picture
 from runtime.run_folder import versions
-from utils import choose_device, setup_logging, versions
+from utils import HelpFormatter, choose_device, setup_logging, versions
 
 logger = logging.getLogger("predict")
 
@@ -46,23 +46,36 @@ EXIT_SOME_SKIPPED = 4
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Find objects in pictures", formatter_class=formatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders (searched to any depth), globs")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of train.py")
-    parser.add_argument("--output-dir", metavar="DIR", help="new or empty folder; runs/predict-<time> by default")
+    parser = argparse.ArgumentParser(description="Find objects in pictures", formatter_class=HelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="search these image files, folders and globs")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="use the model in this file of train.py")
+    parser.add_argument("--output-dir", metavar="DIR", help="write to this new folder; default: runs/predict-<time>")
     parser.add_argument(
         "--score-threshold",
         type=float,
         metavar="S",
-        help="leave out detections below this score, 0 to 1; by default the one with the best F1 in the checkpoint's "
+        help="leave out detections below this score, 0 to 1; default: the one with the best F1 in the checkpoint's "
         f"evaluation, else {DEFAULT_SCORE_THRESHOLD}",
     )
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures at a time, at most")
-    parser.add_argument("-j", "--workers", type=int, default=min(4, os.cpu_count() or 1), help="loading processes")
-    parser.add_argument("--device", help="torch device; cuda where there is one, else cpu")
     parser.add_argument(
-        "--overlays", action=argparse.BooleanOptionalAction, default=True, help="write pictures with what was found"
+        "--batch-size", type=int, default=4, metavar="N", help="take up to N pictures at a time, N >= 1"
+    )
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="load pictures in N more processes; 0: none",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="compute on this torch device, such as cuda or cpu; default: cuda if any"
+    )
+    parser.add_argument(
+        "--overlays",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw what was found into pictures",
     )
     return parser
 

@@ -25,7 +25,7 @@ from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.results_files import FIELDS, detections_of_results, read_results
-from utils import setup_logging
+from utils import HelpFormatter, setup_logging
 
 logger = logging.getLogger("score")
 
@@ -34,18 +34,39 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Score a COCO results file",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=add_help,
     )
-    parser.add_argument("--ground-truth", required=True, help="COCO annotation file")
-    parser.add_argument("--predictions", required=True, help="COCO results file")
-    parser.add_argument("--iou-types", nargs="+", choices=sorted(FIELDS), help="default: what the results have")
-    parser.add_argument("--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint")
-    parser.add_argument("--oks-area", default="annotation", choices=OKS_AREAS, help="object area that OKS divides by")
+    parser.add_argument("--ground-truth", required=True, metavar="FILE", help="score against this COCO annotation file")
+    parser.add_argument("--predictions", required=True, metavar="FILE", help="score this COCO results file")
     parser.add_argument(
-        "--max-dets", type=int, metavar="N", help="detections per image and category; 100, keypoints 20"
+        "--iou-types", nargs="+", choices=sorted(FIELDS), help="score these kinds only; default: what the results have"
     )
-    parser.add_argument("--on-bad-data", default="error", choices=ON_BAD_DATA, help="for the ground truth")
+    parser.add_argument(
+        "--kpt-oks-sigmas",
+        type=float,
+        nargs="+",
+        metavar="SIGMA",
+        help="allow keypoints this error, one for all or one each; default: COCO's for persons, else 0.1",
+    )
+    parser.add_argument(
+        "--oks-area",
+        default="annotation",
+        choices=OKS_AREAS,
+        help="divide keypoint errors by the annotated area, the box's, or 0.53 of the box's (box53)",
+    )
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        metavar="N",
+        help="count the best N detections per image and category, at least 1; default: 100, keypoints 20",
+    )
+    parser.add_argument(
+        "--on-bad-data",
+        default="error",
+        choices=ON_BAD_DATA,
+        help="stop at objects and images of the ground truth with faults, or skip them",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     return parser
 

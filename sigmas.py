@@ -22,7 +22,7 @@ from coco_utils import read_coco
 from custom_dataset import read_dataset_info
 from evaluation.results_files import detections_of_results, read_results
 from evaluation.sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
-from utils import setup_logging
+from utils import HelpFormatter, setup_logging
 
 logger = logging.getLogger("sigmas")
 
@@ -36,20 +36,44 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         epilog=__doc__, add_help=add_help,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
-    estimate = commands.add_parser("estimate", help="sigmas from repeated annotations")
-    estimate.add_argument(
-        "annotators", nargs="+", help="COCO json, or folder with one json per image, of each annotator"
+    estimate = commands.add_parser(
+        "estimate", formatter_class=HelpFormatter, help="estimate sigmas from repeated annotations"
     )
-    estimate.add_argument("--oks-area", default="box", choices=("box", "box53"), help="area of an object")
-    card = commands.add_parser("card", help="what sigmas mean on a dataset")
-    curve = commands.add_parser("curve", help="AP against sigma, from saved detections")
+    estimate.add_argument(
+        "annotators",
+        nargs="+",
+        metavar="PATH",
+        help="read each annotator's COCO json, or folder with one json per image; at least two",
+    )
+    estimate.add_argument(
+        "--oks-area",
+        default="box",
+        choices=("box", "box53"),
+        help="divide errors by the area of the object's box, or by 0.53 of it (box53)",
+    )
+    card = commands.add_parser("card", formatter_class=HelpFormatter, help="show what sigmas mean on a dataset")
+    curve = commands.add_parser(
+        "curve", formatter_class=HelpFormatter, help="show AP against sigma, from saved detections"
+    )
     for command in (card, curve):
-        command.add_argument("--ground-truth", required=True, help="COCO json (card: or a folder of jsons)")
+        what = "this COCO json or folder of jsons" if command is card else "this COCO json"
+        command.add_argument("--ground-truth", required=True, metavar="PATH", help=f"read the objects from {what}")
         command.add_argument(
-            "--kpt-oks-sigmas", type=float, nargs="+", metavar="SIGMA", help="one, or one per keypoint"
+            "--kpt-oks-sigmas",
+            type=float,
+            nargs="+",
+            metavar="SIGMA",
+            help="allow keypoints this error, one for all or one each; default: the dataset's, COCO's or 0.1",
         )
-    curve.add_argument("--predictions", required=True, help="COCO results file with keypoints")
-    curve.add_argument("--oks-area", default="annotation", choices=OKS_AREAS, help="object area that OKS divides by")
+    curve.add_argument(
+        "--predictions", required=True, metavar="FILE", help="score the keypoints in this COCO results file"
+    )
+    curve.add_argument(
+        "--oks-area",
+        default="annotation",
+        choices=OKS_AREAS,
+        help="divide keypoint errors by the annotated area, the box's, or 0.53 of the box's (box53)",
+    )
     return parser
 
 

@@ -1,9 +1,10 @@
-"""Processes, collectives, seeds and log output: what every other file stands on.
+"""Processes, collectives, seeds, log and help output: what every other file stands on.
 
 World size 1 is the ordinary case: without a process group every collective returns its input at once, so
 callers hold no ``if distributed``. Nothing here knows about images, models or metrics.
 """
 
+import argparse
 import contextlib
 import datetime
 import hashlib
@@ -69,6 +70,15 @@ class _LinesAboveBars(logging.StreamHandler):
             self.flush()
         except Exception:
             self.handleError(record)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each flag's help, unless it is None, False or an empty text, which say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        return super()._get_help_string(action)
 
 
 def setup_logging(is_main: bool) -> None:
