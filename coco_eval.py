@@ -25,7 +25,7 @@ from evaluation.coco_matching import (
     match_image,
     rank_detections,
 )
-from evaluation.coco_metrics import build_params, check_sigmas, summarize, summarize_classes
+from evaluation.coco_metrics import build_params, check_sigmas, format_coco_lines, summarize, summarize_classes
 from evaluation.detections import Detections, detections_from_output
 from evaluation.eval_result import EvalResult, SavedMatches
 from evaluation.keypoint_errors import KeypointErrors, format_errors, summarize_errors
@@ -359,7 +359,7 @@ def _read_matches(file: io.BytesIO, num_bits: int) -> Matches:
 
 
 def format_summary(result: EvalResult) -> str:
-    """Return the figures as text, one block per kind of score, one line per figure."""
+    """Return the figures as text: by name, a block per kind of score, and once more in pycocotools' own lines."""
     titles = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
     lines = []
     for iou_type, figures in result.metrics.items():
@@ -369,4 +369,6 @@ def format_summary(result: EvalResult) -> str:
             lines.append(f"  {name:<10} {text}")
     if result.keypoint_errors:
         lines += ["keypoints, of objects whose box was found:", format_errors(result.keypoint_errors)]
+    for iou_type, figures in result.metrics.items():
+        lines.append(format_coco_lines(iou_type, figures, result.settings[f"max_dets_{iou_type}"]))
     return "\n".join(lines)

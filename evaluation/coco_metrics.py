@@ -1,5 +1,7 @@
 """COCO's parameters and summary figures; pycocotools' ``Params`` says what they are computed with."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from pycocotools.cocoeval import Params
 
@@ -87,3 +89,24 @@ def summarize_classes(curves: Curves, params: Params, names: list[str]) -> dict[
         one = Curves(curves.precision[:, :, of_class], curves.recall[:, of_class], curves.scores[:, :, of_class])
         rows[name] = summarize(one, params)
     return rows
+
+
+def format_coco_lines(iou_type: str, figures: Figures, max_dets: Sequence[int]) -> str:
+    """Return figures as pycocotools prints them, to the letter: twelve lines, or ten for keypoints.
+
+    Log readers made for torchvision's and Detectron2's output find them. Source of the format: ``COCOeval.summarize``.
+
+    Args:
+        iou_type: "bbox", "segm" or "keypoints".
+        figures: See `summarize`; None becomes -1.
+        max_dets: Of the evaluation, ``Params.maxDets``.
+    """
+    lines = [f"IoU metric: {iou_type}"]
+    for name, array, threshold, area, m in KEYPOINT_SUMMARY if iou_type == "keypoints" else DETECTION_SUMMARY:
+        title, kind = ("Average Precision", "(AP)") if array == "precision" else ("Average Recall", "(AR)")
+        iou = "0.50:0.95" if threshold is None else f"{threshold:0.2f}"
+        value = -1.0 if figures[name] is None else figures[name]
+        lines.append(
+            f" {title:<18} {kind} @[ IoU={iou:<9} | area={area:>6s} | maxDets={max_dets[m]:>3d} ] = {value:0.3f}"
+        )
+    return "\n".join(lines)

@@ -237,6 +237,26 @@ def test_no_detections_give_zero_and_no_objects_give_none():
     assert "n/a" in format_summary(result)
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm", "keypoints"])
+def test_the_log_holds_the_lines_that_pycocotools_prints(iou_type, capsys):
+    truth, results, sigmas = case(iou_type, 2)
+    evaluation = oracle(truth, results, iou_type, sigmas)
+    capsys.readouterr()
+    evaluation.summarize()
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == (10 if iou_type == "keypoints" else 12)
+    assert f"IoU metric: {iou_type}\n{printed.rstrip()}" in format_summary(score(truth, results, iou_type, sigmas))
+
+
+def test_figures_without_objects_are_printed_as_pycocotools_does(capsys):
+    truth, _, _ = case("bbox", 2)
+    empty = {**truth, "annotations": []}
+    evaluation = oracle(empty, [], "bbox")
+    capsys.readouterr()
+    evaluation.summarize()
+    assert capsys.readouterr().out.rstrip() in format_summary(score(empty, [], "bbox", None))
+
+
 @pytest.mark.parametrize("field", ["scores", "boxes_xywh"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_refused(field, value):
