@@ -38,7 +38,6 @@ from inference.detector import Detector, find_images, load_detector
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
-from runtime.run_folder import versions
 from utils import HelpFormatter, setup_logging, versions
 
 logger = logging.getLogger("export")

@@ -4,6 +4,7 @@ The data and model flags are functions of their own, for other commands that loo
 """
 
 import argparse
+import contextlib
 import datetime
 import logging
 import math
@@ -19,9 +20,15 @@ from optimization.optimizer import OPTIMIZERS
 from optimization.schedule import SCHEDULERS
 from optimization.step import ON_NAN
 from presets import PRESETS, RESIZING_PRESETS
+from runtime.checkpoint import file_to_resume, find_newest, load_checkpoint
 from utils import HelpFormatter, choose_device
 
 logger = logging.getLogger(__name__)
+
+
+class _NotGiven(str):
+    """A default, told apart from the same text when the user gives it."""
+
 
 _PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 DEFAULT_DATA_PATH = "/datasets01/COCO/022719/"
@@ -117,8 +124,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_choice(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say which model and what it resizes images to."""
     group.add_argument(
-        "--model", default="maskrcnn_resnet50_fpn", choices=ARCHITECTURES, metavar="NAME",
-        help=f"build this model of torchvision: {', '.join(ARCHITECTURES)}"
+        "--model", default=_NotGiven("maskrcnn_resnet50_fpn"), choices=ARCHITECTURES, metavar="NAME",
+        help=f"build this model of torchvision (by default that of --resume): {', '.join(ARCHITECTURES)}"
     )  # fmt: skip
     group.add_argument(
         "--min-size", type=int, nargs="+", metavar="PIXELS",
@@ -291,6 +298,20 @@ def _interval(text: str) -> int | datetime.timedelta:
     if not number.isdecimal() or int(number) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected updates, such as 500, or minutes, such as 15m")
     return datetime.timedelta(minutes=int(number)) if text.endswith("m") else int(number)
+
+
+def take_model_from_checkpoint(args: argparse.Namespace) -> None:
+    """Set ``--model``, where it is not given, to that of the checkpoint that ``--resume`` names, if there is one."""
+    if not isinstance(args.model, _NotGiven):
+        return
+    name = str(args.model)
+    with contextlib.suppress(ValueError, OSError):  # what is wrong with it is said where it is opened
+        if args.resume == "auto" and args.output_dir:
+            newest = find_newest(Path(args.output_dir) / "weights")
+            name = name if newest is None else newest[1]["model_spec"]["name"]
+        elif args.resume not in ("", "auto"):
+            name = load_checkpoint(file_to_resume(args.resume))["model_spec"]["name"]
+    args.model = name if name in ARCHITECTURES else str(args.model)
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -32,7 +32,6 @@ from inference.detector import BadFile, Detector, Prediction, find_images, load_
 from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import Drawn, draw_objects, save_picture
-from runtime.run_folder import versions
 from utils import HelpFormatter, choose_device, setup_logging, versions
 
 logger = logging.getLogger("predict")

@@ -26,7 +26,15 @@ from torch import nn
 
 from coco_eval import CocoEvaluator
 from engine import train_one_epoch
-from flags import check_args, data_source, get_args_parser, keeps_negatives, log_ineffective_flags, wanted_spec
+from flags import (
+    check_args,
+    data_source,
+    get_args_parser,
+    keeps_negatives,
+    log_ineffective_flags,
+    take_model_from_checkpoint,
+    wanted_spec,
+)
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
 from loading.splits import Data, load_data
@@ -49,7 +57,7 @@ from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint
 from runtime.machine import explain_failure, prepare_process
 from runtime.progress import Progress
-from runtime.run_folder import RunFolder, choose_output_dir, continues_run, plain_flags
+from runtime.run_folder import RunFolder, choose_output_dir, plain_flags
 from runtime.saved_model import rebuild_model
 from runtime.signals import StopRequest, agree_to_stop, die_with_parent
 from runtime.step_guard import NonFiniteLossError
@@ -122,7 +130,7 @@ def main(
         # Data
         source = data_source(args)
         output_dir = choose_output_dir(args.output_dir, dataset=args.dataset, model=args.model, root=source.root)
-        checkpoint = open_checkpoint(args.resume, output_dir)
+        checkpoint, resumed_from = open_checkpoint(args.resume, output_dir)
         known = checkpoint["dataset"] if checkpoint is not None else None
         task = ARCHITECTURES[args.model].task
         data = load_data(source, task, sigmas=args.kpt_oks_sigmas, known=known, test_only=args.test_only)
@@ -153,7 +161,7 @@ def main(
         if args.dry_run:
             logger.info("%s", rehearse(plan, model, options))
             return 0
-        output = RunFolder(output_dir, args.keep_checkpoints, continued=continues_run(args.resume, output_dir))
+        output = RunFolder(output_dir, args.keep_checkpoints, resumed_from=resumed_from)
         state.reset_stale_best(output.best_epoch())
         output.write_args(state.flags)
 
@@ -355,6 +363,7 @@ def run(argv: list[str] | None = None) -> int:
     """Parse flags, run `main`, and turn expected errors into one line and an exit code."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    take_model_from_checkpoint(args)
     check_args(parser, args)
     stop = StopRequest()
     try:

@@ -24,7 +24,7 @@ from annotations.skeleton import (
 )
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
-from loading.samples import ImageFolder, ImageSource, LabelMap
+from loading.samples import ImageFolder, ImageSource
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 
 logger = logging.getLogger(__name__)

@@ -172,8 +172,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | None:
-    """Return the checkpoint to continue from, the same on all processes; None to start anew.
+def open_checkpoint(resume: str, output_dir: Path | None) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the checkpoint to continue from and its file, the same on all processes; None and None to start anew.
 
     After a restart by torchrun the newest one in ``output_dir`` is taken, whatever ``resume`` says.
     """
@@ -190,14 +190,18 @@ def open_checkpoint(resume: str, output_dir: Path | None) -> dict[str, Any] | No
         if newest is None:
             logger.info("no checkpoint in %s: starting anew", output_dir / "weights")
     if newest is None and resume not in ("", "auto"):
-        path = Path(resume) / "weights" / NEWEST if Path(resume).is_dir() else Path(resume)
+        path = file_to_resume(resume)
         newest = path, load_checkpoint(path)
-    if newest is not None:
-        logger.info("continuing from %s", newest[0])
-    elif output_dir is not None and (output_dir / "weights" / NEWEST).exists():
-        logger.warning("%s holds another run, whose files training replaces; --resume auto continues it", output_dir)
     check_same_everywhere("checkpoint", json.dumps(newest[1]["progress"] if newest else None))
-    return newest[1] if newest else None
+    if newest is None:
+        return None, None
+    logger.info("continuing from %s", newest[0])
+    return newest[1], newest[0]
+
+
+def file_to_resume(resume: str) -> Path:
+    """Return the file that ``--resume`` names: itself, or the newest checkpoint of a run's folder."""
+    return Path(resume) / "weights" / NEWEST if Path(resume).is_dir() else Path(resume)
 
 
 def _near_miss(path: Path) -> str:

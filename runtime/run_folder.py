@@ -64,13 +64,13 @@ class RunFolder:
     Args:
         path: The folder, the same on all processes; None writes nothing.
         keep: How many ``model_N.pth`` stay; 0 keeps all.
-        continued: Whether the run that the folder may hold goes on.
+        resumed_from: The checkpoint that the run continues from; one in the folder means that its run goes on.
 
     Raises:
         ValueError: Another run writes there, or the run that is there cannot be moved aside.
     """
 
-    def __init__(self, path: Path | None, keep: int = 0, *, continued: bool = False) -> None:
+    def __init__(self, path: Path | None, keep: int = 0, *, resumed_from: Path | None = None) -> None:
         self.path = path
         self.trackers: list[Tracker] = []
         self.checkpoints: CheckpointFolder | None = None
@@ -78,7 +78,8 @@ class RunFolder:
         if path is None or rank() != 0:
             return
         self.lock = lock_folder(path)
-        if holds_run(path) and not continued:
+        is_continued = resumed_from is not None and resumed_from.resolve().is_relative_to(path.resolve())
+        if holds_run(path) and not is_continued:
             aside = move_aside(path)
             self.lock.close()
             self.lock = lock_folder(path)
@@ -117,13 +118,6 @@ class RunFolder:
         }
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / ARGS).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def continues_run(resume: str, path: Path | None) -> bool:
-    """Return whether ``--resume`` goes on with the run in a folder: ``auto``, or a checkpoint that lies in it."""
-    if path is None or not resume:
-        return False
-    return resume == "auto" or Path(resume).resolve().is_relative_to(path.resolve())
 
 
 def holds_run(folder: Path) -> bool:
@@ -186,4 +180,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """Return a command line as values that json and checkpoints take."""
-    return {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in flags.items()}
+    return {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in flags.items()}

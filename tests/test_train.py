@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from helpers.drawn import draw_coco
 from helpers.runs import QUICK, lines, run, run_train, train_once
 from loading.splits import COCO_NAMES
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from training.run_plan import REHEARSED_STEPS, rehearse
 
 SMALL = ["--min-size", "64", "--max-size", "100"]
 
@@ -365,3 +368,70 @@ def test_predictions_of_a_run_score_to_the_runs_own_figures(drawn_coco, tmp_path
 def test_predictions_can_be_left_out(drawn_coco, tmp_path):
     train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--no-save-predictions")
     assert not list((tmp_path / "out").glob("predictions*"))
+
+
+def test_epochs_without_an_evaluation_leave_their_losses(drawn_coco, tmp_path):
+    out = tmp_path / "out"
+    train_once(drawn_coco, out, "--batch-size", "4", "--epochs", "3", "--eval-every", "3")
+    found = lines(out)
+    assert [line["epoch"] for line in found] == [0, 1, 2] and ["bbox" in line for line in found] == [False, False, True]
+    assert all(line["train"]["loss"] > 0 and line["train"]["lr"] > 0 for line in found)
+    events = EventAccumulator(str(out)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("bbox/AP")] == [2]
+
+
+def test_a_second_run_moves_the_first_aside_whole_and_says_where(drawn_coco, tmp_path, capsys, monkeypatch):
+    out, flags = tmp_path / "out", ["--batch-size", "4", "--eval-every", "0"]
+    train_once(drawn_coco, out, *flags)
+    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert b"1 process(es) on cpu" in first[Path("log.txt")] and b"training took" in first[Path("log.txt")]
+    capsys.readouterr()
+    train_once(drawn_coco, out, *flags, "--seed", "1")
+    (aside,) = tmp_path.glob("out_*")
+    assert f"{out} held a run that is not continued (--resume auto would): it is now {aside}" in capsys.readouterr().out
+    kept = {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    assert {**kept, Path(".lock"): b""} == {**first, Path(".lock"): b""}
+    weights = [torch.load(f / "weights" / "model_0.pth", weights_only=True)["args"]["seed"] for f in (aside, out)]
+    assert weights == [0, 1]
+
+    # One that is continued stays where it is: named by file, by folder, by auto, or by a restart of torchrun.
+    for number, resume in enumerate((out / "weights" / "checkpoint.pth", out, "auto", ""), start=2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if resume else "1")
+        more = ["--resume", resume] if resume else []
+        train_once(drawn_coco, out, *flags, *more, "--seed", "1", "--epochs", number)
+        assert len(list(tmp_path.glob("out_*"))) == 1 and len(lines(out)) == number
+
+
+def test_a_run_in_the_working_folder_is_not_moved(drawn_coco, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    (out / "weights").mkdir(parents=True)
+    (out / "weights" / "model_0.pth").write_bytes(b"precious")
+    monkeypatch.chdir(out)
+    assert run(*QUICK, "--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--output-dir", ".") == 1
+    assert "cannot be moved aside as it is the working folder; continue it with --resume" in capsys.readouterr().err
+    assert (out / "weights" / "model_0.pth").read_bytes() == b"precious"
+
+
+def test_the_checkpoint_says_which_model_it_is(drawn_coco, tmp_path, capsys):
+    train_once(drawn_coco, tmp_path / "out", "--batch-size", "4", "--eval-every", "0")
+    flags = ["--data-path", drawn_coco, "--resume", tmp_path / "out" / "weights" / "checkpoint.pth"]
+    assert run(*QUICK, *flags, "--test-only") == 0
+    assert "IoU metric: bbox" in capsys.readouterr().out
+    assert run(*QUICK, *flags, "--test-only", "--model", "retinanet_resnet50_fpn") == 1
+    assert "name is ssdlite320_mobilenet_v3_large, flags and data ask for retinanet" in capsys.readouterr().err
+    assert run(*QUICK, *flags, "--output-dir", tmp_path / "out", "--epochs", "2", "--eval-every", "0") == 0
+    assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
+
+
+def test_a_rehearsal_takes_the_steps_of_training(drawn_coco, monkeypatch):
+    """In float16 with a scaler, and with as many batches per update."""
+    seen = []
+    monkeypatch.setattr(
+        train, "rehearse", lambda plan, model, options: seen.append(options) or rehearse(plan, model, options)
+    )
+    flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--output-dir", "", "--dry-run"]
+    assert run(*QUICK, *flags, "--amp", "--amp-dtype", "float16", "--accumulate", "2") == 0
+    (options,) = seen
+    state = options.scaler.state_dict()
+    assert options.accumulate == 2 and (state["scale"] != 65536.0 or state["_growth_tracker"] == 1 + REHEARSED_STEPS)

@@ -85,7 +85,7 @@ def check_resume(train: Callable[[str, str, Probe], int], resume: str, num_updat
     holder = tempfile.TemporaryDirectory(prefix="verify-resume-") if rank() == 0 else None
     try:
         folder = Path(broadcast_json(holder.name if holder is not None else None))
-        checkpoint = open_checkpoint(resume, None)
+        checkpoint, _ = open_checkpoint(resume, None)
         start = checkpoint["progress"]["updates"] if checkpoint is not None else 0
         whole, first = Probe(start + num_updates), Probe(start + num_updates // 2)
         second = Probe(start + num_updates)

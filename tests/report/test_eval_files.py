@@ -5,10 +5,8 @@ import json
 import shutil
 import sys
 
-import drawing
 import numpy as np
 import pytest
-import run_folder
 from PIL import Image
 
 import compare
@@ -19,9 +17,10 @@ from evaluation.results_files import read_results, read_results_of_images
 from helpers.drawn import draw_coco
 from helpers.near_truth import KINDS, evaluate_once
 from loading.splits import Source, load_data
-from report import page
+from report import drawing, page
 from runtime import run_folder
-from runtime.run_folder import read_metrics, read_summary
+from runtime.run_folder import read_summary
+from runtime.trackers import read_metrics
 
 
 @pytest.fixture
