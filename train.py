@@ -1,11 +1,13 @@
 """Train and evaluate torchvision's detectors.
 
-One device:
-    python train.py --dataset coco --data-path /data/coco --model fasterrcnn_resnet50_fpn --output-dir runs/first
+One device, whose rate --scale-lr works out from the recipe's for eight:
+    python train.py --dataset coco --data-path /data/coco --model fasterrcnn_resnet50_fpn \\
+        --weights-backbone ResNet50_Weights.IMAGENET1K_V1 --scale-lr --output-dir runs/first
 Several GPUs, and CPUs as well:
-    torchrun --nproc_per_node=8 train.py --dataset coco --data-path /data/coco --model fasterrcnn_resnet50_fpn
-Only evaluate:
-    python train.py --dataset coco --data-path /data/coco --test-only --resume runs/first/weights/checkpoint.pth
+    torchrun --nproc_per_node=8 train.py --dataset coco --data-path /data/coco --model fasterrcnn_resnet50_fpn \\
+        --weights-backbone ResNet50_Weights.IMAGENET1K_V1 --output-dir runs/first
+Only evaluate; the checkpoint knows its model:
+    python train.py --dataset coco --data-path /data/coco --test-only --resume runs/first/weights/best.pth
 """
 
 import argparse

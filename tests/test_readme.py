@@ -1,5 +1,6 @@
 """What the README and docs/ say is so: recipes, commands, flags, links, examples."""
 
+import ast
 import importlib
 import json
 import re
@@ -125,14 +126,14 @@ def commands_in(text):
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines if starts.match(line.strip())]
 
 
-COMMANDS = [(page, command) for page, text in PAGES.items() for command in commands_in(text)]
+SCRIPTS = ("train", "check_dataset", "predict", "score", "compare", "export", "sigmas")
+DOCSTRINGS = {f"{name}.py": ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) for name in SCRIPTS}
+COMMANDS = [(page, command) for page, text in {**PAGES, **DOCSTRINGS}.items() for command in commands_in(text)]
 
 
 def test_all_commands_are_found():
     scripts = [word for _, command in COMMANDS for word in shlex.split(command) if word.endswith(".py")]
-    assert set(scripts) >= {
-        f"{v}.py" for v in ("train", "check_dataset", "predict", "score", "compare", "export", "sigmas")
-    }
+    assert set(scripts) >= set(DOCSTRINGS) and {page for page, _ in COMMANDS} >= set(DOCSTRINGS)
     assert scripts.count("train.py") >= 20
 
 
