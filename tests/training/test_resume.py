@@ -14,7 +14,7 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import QUICK, run, run_train, train_once
 from models import weights
 from models.acceleration import broadcast_buffers
-from runtime import checkpoint
+from runtime import checkpoint, saved_model
 from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.trackers import Tracker
@@ -49,7 +49,7 @@ class TinyDetector(nn.Module):
 
 
 def use_tiny_detector(patch):
-    for module in (weights, checkpoint):
+    for module in (weights, saved_model):
         patch.setattr(module, "build_model", lambda spec: TinyDetector())
 
 
