@@ -10,7 +10,7 @@ from evaluation.detections import Detections
 from evaluation.results_files import PredictionWriter
 from pixels.masks import EMPTY_BLOCK
 from report.page import publish
-from runtime.run_folder import append_metrics
+from runtime.trackers import append_metrics
 from training.evaluate_model import Scored
 
 KINDS = {"mask": ["bbox", "segm"], "keypoint": ["bbox", "keypoints"]}

@@ -107,7 +107,7 @@ def test_images_are_judged_by_the_f1_of_their_boxes(mask_data, tmp_path):
     objects, detections, hits = (sum(int(row[c]) for row in rows) for c in ("objects", "detections", "hits"))
     threshold = scored.analysis.score_threshold
     # The threshold is the one of the best F1 over all boxes: the images' counts must add up to that F1.
-    matches = scored.result.matches["bbox"]
+    matches = scored.result.saved["bbox"].matches
     best = max(
         2 * (matches.positive[chosen] & np.uint64(1)).sum()
         / (objects + (~((matches.ignored[chosen] & np.uint64(1)) > 0) | ((matches.positive[chosen] & np.uint64(1)) > 0)).sum())

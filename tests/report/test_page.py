@@ -10,7 +10,8 @@ from helpers.drawn import draw_coco
 from helpers.near_truth import evaluate_once
 from loading.splits import Source, load_data
 from report.page import write_page
-from runtime.run_folder import read_metrics, read_summary
+from runtime.run_folder import read_summary
+from runtime.trackers import read_metrics
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
