@@ -38,7 +38,7 @@ from inference.detector import Detector, find_images, load_detector
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
-from utils import HelpFormatter, setup_logging, versions
+from utils import HelpFormatter, setup_logging, versions, write_aside
 
 logger = logging.getLogger("export")
 
@@ -284,26 +284,21 @@ def main(args: argparse.Namespace) -> int:
     model = OnePicture(detector.model.requires_grad_(False)).eval()
     # Scores of single keypoints are not compared, hence left out where another runtime computes them.
     names = [name for name in model(pictures[0][1]) if name != "keypoints_scores"]
-    temporary = output.with_name(output.name + ".tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with quiet():
-            try:
-                exported_model = exportable(detector.model, detector.spec, args.format)
-                if args.format == "onnx":
-                    write_onnx(exported_model, temporary, describe(detector), pictures[0][1], names)
-                else:
-                    write_torchscript(exported_model, temporary, describe(detector))
-            except Exception as error:  # exporters raise what they like
-                if isinstance(error, (OSError, ValueError)):
-                    raise
-                text = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"{detector.spec.name} cannot be exported to {args.format}: {text}") from error
-            exported = run_onnx(temporary, names) if args.format == "onnx" else run_torchscript(temporary)
-            agreement = check_file(model, exported, pictures)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_aside(output) as temporary, quiet():
+        try:
+            exported_model = exportable(detector.model, detector.spec, args.format)
+            if args.format == "onnx":
+                write_onnx(exported_model, temporary, describe(detector), pictures[0][1], names)
+            else:
+                write_torchscript(exported_model, temporary, describe(detector))
+        except Exception as error:  # exporters raise what they like
+            if isinstance(error, (OSError, ValueError)):
+                raise
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{detector.spec.name} cannot be exported to {args.format}: {text}") from error
+        exported = run_onnx(temporary, names) if args.format == "onnx" else run_torchscript(temporary)
+        agreement = check_file(model, exported, pictures)
     tolerances = f"allowed {BOX_TOLERANCE} px, {SCORE_TOLERANCE}, {MASK_TOLERANCE:.0%}"
     logger.info("%s: agrees with PyTorch on %d pictures: %s (%s)", output, len(pictures), agreement, tolerances)
     return 0

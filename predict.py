@@ -32,7 +32,7 @@ from inference.detector import BadFile, Detector, Prediction, find_images, load_
 from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import Drawn, draw_objects, save_picture
-from utils import HelpFormatter, choose_device, setup_logging, versions
+from utils import HelpFormatter, choose_device, setup_logging, versions, write_aside
 
 logger = logging.getLogger("predict")
 
@@ -105,13 +105,8 @@ def make_output_dir(given: str | None) -> Path:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Open a text file for writing that takes its name only when everything is in it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_aside(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        yield file
 
 
 def records_of(image_id: int, size: tuple[int, int], detections: Detections, iou_types: Sequence[str]) -> list[Record]:

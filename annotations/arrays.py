@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from annotations.findings import Finding
-from utils import sha256_of_file
+from utils import sha256_of_file, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +150,8 @@ def save_annotations(annotations: Annotations, path: Path) -> None:
     content = {name: torch.from_numpy(np.ascontiguousarray(getattr(annotations, name))) for name in _ARRAYS}
     plain = {name: getattr(annotations, name) for name in _PLAIN}
     plain["warnings"] = [dataclasses.asdict(finding) for finding in annotations.warnings]
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": CACHE_FORMAT, "arrays": content, "plain": json.dumps(plain)}, file)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    with write_aside(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": CACHE_FORMAT, "arrays": content, "plain": json.dumps(plain)}, file)
 
 
 def load_annotations(path: str | Path) -> Annotations:

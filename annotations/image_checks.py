@@ -15,7 +15,7 @@ from tqdm import tqdm
 from annotations.arrays import Annotations, default_cache_dir
 from annotations.findings import Findings
 from pixels.images import BadImageError, read_header, read_image
-from utils import sha256_of_file
+from utils import sha256_of_file, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +221,7 @@ class FileMemory:
         """Write the cache file, whole or not at all; a folder that cannot be written is a warning."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.values))
-            temporary.replace(self.path)
+            with write_aside(self.path) as temporary:
+                temporary.write_text(json.dumps(self.values))
         except OSError as error:
             logger.warning("cannot remember looked-at files in %s: %s", self.path, error)

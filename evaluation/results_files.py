@@ -14,7 +14,7 @@ from annotations.record_checks import Record
 from coco_utils import read_json
 from evaluation.detections import Detections
 from pixels.masks import MaskBlock, counts_of_block
-from utils import barrier, rank, world_size
+from utils import barrier, rank, world_size, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class PredictionWriter:
         if missing:
             logger.error("no predictions written: %s is missing; do all machines share the folder?", missing[0])
             return
-        with (self.folder / f"predictions_{iou_type}.json").open("w") as file:
+        with write_aside(self.folder / f"predictions_{iou_type}.json") as temporary, temporary.open("w") as file:
             separator = "["
             for _, records in heapq.merge(*map(_read_lines, paths), key=lambda line: line[0]):
                 for record in records:

@@ -19,6 +19,7 @@ from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure,
 from runtime.run_folder import BEST, NEWEST, is_installed, read_summary
 from runtime.trackers import read_metrics
 from training.evaluate_model import Scored
+from utils import write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,8 @@ def write_page(run_dir: Path) -> None:
     )
     environment.filters |= {"figure": _figure, "count": _count}
     text = environment.get_template(TEMPLATE.name).render(**page_content(run_dir))
-    aside = run_dir / "report.html.tmp"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(run_dir / "report.html")
+    with write_aside(run_dir / "report.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def page_content(run_dir: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ temporary file, flushes it to the disk and renames it; its SHA-256 stands beside
 ``torch.load`` does not notice, is found.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -20,7 +19,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from utils import all_reduce_max, check_same_everywhere, sha256_of_file
+from utils import all_reduce_max, check_same_everywhere, sha256_of_file, sync_to_disk, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -49,32 +48,14 @@ class _HashingFile:
         self.file.flush()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees all of it or the one before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with write_aside(path, durable=True) as temporary:
+        temporary.write_bytes(data)
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -87,29 +68,28 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: The disk is full or not writable; the old file is untouched.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            hashing = _HashingFile(file)
-            torch.save({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
-            file.flush()
-            os.fsync(file.fileno())
-        _rename_with_hash(temporary, path, hashing.digest.hexdigest())
-        _sync_folder(path.parent)
+        with write_aside(path, durable=True) as temporary:
+            with temporary.open("wb") as file:
+                hashing = _HashingFile(file)
+                torch.save({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
+            digest = hashing.digest.hexdigest()
+            _announce_hash(path, digest)
+        _write_hash(path, digest)
+        sync_to_disk(path.parent)
     except RuntimeError as error:  # torch's zip writer wraps the OSError of a failed write
         raise _disk_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def _rename_with_hash(temporary: Path, path: Path, digest: str) -> None:
-    """Move a finished file into place; its hash file names the old and the new content while that is under way."""
+def _announce_hash(path: Path, digest: str) -> None:
+    """Let the hash file name both the old and the new content of ``path``, as a rename is about to happen."""
     old = _hash_file(path).read_text() if _hash_file(path).exists() else ""
-    new = f"{digest}  {path.name}\n"
-    write_atomically(_hash_file(path), (old + new).encode())
-    temporary.replace(path)
-    write_atomically(_hash_file(path), new.encode())
+    write_atomically(_hash_file(path), f"{old}{digest}  {path.name}\n".encode())
+
+
+def _write_hash(path: Path, digest: str) -> None:
+    """Let the hash file name the content of ``path`` alone."""
+    write_atomically(_hash_file(path), f"{digest}  {path.name}\n".encode())
 
 
 def _known_digests(path: Path) -> list[str]:
@@ -134,14 +114,13 @@ def link_checkpoint(source: Path, target: Path) -> None:
     """Give a checkpoint a second name without writing it again; a copy where links are not possible."""
     digests = _known_digests(source)
     digest = digests[0] if len(digests) == 1 else sha256_of_file(source)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        temporary.unlink()
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    _rename_with_hash(temporary, target, digest)
+    with write_aside(target, durable=True) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        _announce_hash(target, digest)
+    _write_hash(target, digest)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
