@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from annotations.labels import LabelMap
+from pixels.geometry import xyxy_to_xywh
 from pixels.masks import MaskBlock, block_from_mask
 
 
@@ -56,7 +57,7 @@ def detections_from_output(output: Mapping[str, Any], label_map: LabelMap) -> De
     detections = Detections(
         category_ids,
         _to_numpy(output["scores"]).astype(np.float64),
-        np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64),
+        xyxy_to_xywh(boxes).astype(np.float64),
         None if masks is None else _mask_blocks(masks),
         None if keypoints is None else _to_numpy(keypoints).astype(np.float64),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from coco_utils import read_coco, read_json
 from evaluation.similarity import box_iou
+from pixels.geometry import xyxy_to_xywh
 from utils import seeded_numpy_rng
 
 # Below so many objects an estimate says little: its standard error is 7 % at 50 objects annotated twice.
@@ -63,8 +64,7 @@ def read_annotator(path: Path) -> Annotator:
                 raise ValueError(
                     f"{file}: expected bboxes [[x1, y1, x2, y2], ...] and keypoints [[[x, y, v], ...]]"
                 ) from None
-            boxes[:, 2:] -= boxes[:, :2]
-            images[file.stem] = boxes, points
+            images[file.stem] = xyxy_to_xywh(boxes), points
     if not any(points.size for _, points in images.values()):
         raise ValueError(f"{path}: no keypoints")
     return Annotator(images, names)

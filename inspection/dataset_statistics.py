@@ -14,6 +14,7 @@ from inspection.anchor_reach import AnchorReach, ObjectSizes
 from inspection.observations import Observation, observe_worst
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
 from loading.splits import Split
+from pixels.geometry import xywh_to_xyxy
 
 # A class with fewer training objects is called rare.
 RARE = 10
@@ -246,8 +247,7 @@ def check_segmentations_against_boxes(part: SplitObjects) -> list[Observation]:
     """Look for segmentations that fill another box than the object's, and for areas larger than the box."""
     annotations, objects = part.annotations, part.objects
     seen: list[Observation] = []
-    boxes = annotations.boxes_xywh[objects].copy()
-    boxes[:, 2:] += boxes[:, :2]
+    boxes = xywh_to_xyxy(annotations.boxes_xywh[objects])
     if annotations.has_segmentations:
         bounds = _segmentation_bounds(annotations)[objects]
         sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1)
@@ -284,8 +284,7 @@ def _segmentation_bounds(annotations: Annotations) -> np.ndarray:
         image_of = annotations.object_images()
         sizes = zip(annotations.heights[image_of[encoded]].tolist(), annotations.widths[image_of[encoded]].tolist())
         rles = [{"size": list(size), "counts": annotations.rle(n)} for n, size in zip(encoded.tolist(), sizes)]
-        boxes = mask_util.toBbox(rles)
-        bounds[encoded] = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        bounds[encoded] = xywh_to_xyxy(mask_util.toBbox(rles))
     return bounds
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from annotations.arrays import Annotations
 from annotations.labels import LabelMap
 from annotations.object_masks import mask_block
-from pixels.geometry import Placement
+from pixels.geometry import Placement, xywh_to_xyxy
 from pixels.images import read_image
 from pixels.lazy_image import MAX_DEVICE_SHRINK, LazyImage, render
 from pixels.masks import MaskBlock
@@ -203,8 +203,7 @@ def clipped_boxes(annotations: Annotations, i: int | np.ndarray, objects: slice 
 
     ``i`` may also be the images of all objects, int64 [len(objects)].
     """
-    boxes = annotations.boxes_xywh[objects].astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
+    boxes = xywh_to_xyxy(annotations.boxes_xywh[objects].astype(np.float32))
     sides = annotations.widths[i], annotations.heights[i]
     np.maximum(boxes, 0, out=boxes)
     np.minimum(boxes, np.stack([*sides, *sides], axis=-1), out=boxes, casting="same_kind")

@@ -1,4 +1,4 @@
-"""Which part of a source image a canvas shows, how large, where, mirrored or not.
+"""Which part of a source image a canvas shows, how large, where, mirrored or not; the two forms of boxes.
 
 A `View` is changed by transforms; a `Placement` is the same in whole pixels and moves boxes, keypoints and masks. Both
 are plain arithmetic; `lazy_image` moves the pixels.
@@ -10,6 +10,16 @@ from typing import Any
 import numpy as np
 
 from pixels.masks import MaskBlock
+
+
+def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    """Return [x, y, width, height] as corners [x1, y1, x2, y2]: a new array [..., 4] of the same dtype."""
+    return np.concatenate([boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]], axis=-1)
+
+
+def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
+    """Return corners [x1, y1, x2, y2] as [x, y, width, height]: a new array [..., 4] of the same dtype."""
+    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
 
 
 @dataclass(frozen=True)
