@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,9 +28,11 @@ from annotations.record_checks import Record
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
+from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
-from report.drawing import Drawn, draw_objects, save_picture
+from report.drawing import draw_objects, save_picture
+from report.drawn_objects import drawn_detections
 from utils import HelpFormatter, choose_device, setup_logging, versions, write_aside
 
 logger = logging.getLogger("predict")
@@ -129,7 +130,8 @@ def csv_header(detector: Detector) -> list[str]:
 def csv_rows(file_name: str, image_id: int, detections: Detections, detector: Detector) -> list[list[Any]]:
     """Return a row per detection; lengths in pixels from the top left corner of the upright picture."""
     rows: list[list[Any]] = []
-    boxes = corners_of(detections)
+    assert detections.boxes_xywh is not None
+    boxes = xywh_to_xyxy(detections.boxes_xywh)
     for n in range(len(detections)):
         category = int(detections.category_ids[n])
         row: list[Any] = [file_name, image_id, category, detector.class_names[category]]
@@ -144,24 +146,9 @@ def csv_rows(file_name: str, image_id: int, detections: Detections, detector: De
     return rows
 
 
-def corners_of(detections: Detections) -> np.ndarray:
-    """Return the boxes as xyxy, float64 [D, 4]."""
-    boxes = detections.boxes_xywh
-    assert boxes is not None
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-
-
 def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> None:
     """Draw what was found and write the picture."""
-    found = prediction.detections
-    names = [detector.class_names[c] for c in found.category_ids.tolist()]
-    captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores)]
-    masks = None if found.masks is None else [mask for mask in found.masks if isinstance(mask, MaskBlock)]
-    keypoints = None
-    if found.keypoints is not None:
-        keypoints = found.keypoints.copy()
-        keypoints[:, :, 2] = 2  # models say nothing of hidden points
-    drawn = Drawn(corners_of(found), captions, found.category_ids, masks, keypoints)
+    drawn = drawn_detections(prediction.detections, detector.class_names)
     save_picture(draw_objects(prediction.image, drawn, detector.skeleton, keypoint_names=True), path)
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from annotations.arrays import Annotations
-from annotations.object_masks import mask_block
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
 from loading.samples import DetectionDataset
@@ -17,6 +15,7 @@ from loading.splits import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_mask
 from report.drawing import Drawn, contact_sheet, draw_objects, save_picture
+from report.drawn_objects import caption_names, drawn_truth
 from utils import seeded_numpy_rng
 
 # Pictures per row, and the side of one in pixels.
@@ -58,27 +57,16 @@ def annotated_sheet(split: Split, dataset: DetectionDataset, samples: list[int])
         i = int(dataset.indices[position])
         pixels = dataset.images.read(split.annotations, i)
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-        drawn = _annotated(split.annotations, i, dataset)
+        drawn = drawn_truth(
+            split.annotations,
+            i,
+            caption_names(split.annotations),
+            with_masks=dataset.needs_masks,
+            with_keypoints=dataset.needs_keypoints,
+        )
         title = f"{split.annotations.file_name(i)}  {image.shape[2]} x {image.shape[1]}"
         pictures.append((title, _draw(image, drawn, split, len(samples))))
     return contact_sheet(pictures, columns=_columns(len(samples)), cell=CELL)
-
-
-def _annotated(annotations: Annotations, i: int, dataset: DetectionDataset) -> Drawn:
-    """Return the objects of image ``i`` as the file has them."""
-    span = annotations.objects(i)
-    boxes = annotations.boxes_xywh[span].copy()
-    boxes[:, 2:] += boxes[:, :2]
-    objects = range(span.start, span.stop)
-    captions, colours = _captions_and_colours(dataset.label_map.labels_of(annotations.category_ids[span]), dataset)
-    crowds = annotations.is_crowd[span].tolist()
-    return Drawn(
-        boxes,
-        [f"{caption} crowd".strip() if crowd else caption for caption, crowd in zip(captions, crowds)],
-        colours,
-        [mask_block(annotations, i, n) for n in objects] if dataset.needs_masks else None,
-        annotations.keypoints[span] if dataset.needs_keypoints else None,
-    )
 
 
 def augmented_sheet(split: Split, loader: DeviceLoader, samples: list[int], epoch: int = 0) -> Tensor:
@@ -96,13 +84,14 @@ def augmented_sheet(split: Split, loader: DeviceLoader, samples: list[int], epoc
     dataset = loader.dataset
     batch = loader.loader.collate_fn([dataset[epoch, position] for position in samples])
     images, targets = unpack(batch, torch.device("cpu"))
+    names = caption_names(split.annotations)
     pictures = []
     for position, image, target in zip(samples, images, targets):
-        captions, colours = _captions_and_colours(target["labels"].numpy(), dataset)
+        ids = dataset.label_map.categories_of(target["labels"].numpy())
         drawn = Drawn(
             target["boxes"].numpy(),
-            captions,
-            colours,
+            [names[id_] for id_ in ids.tolist()],
+            ids,
             [block_from_mask(mask.numpy()) for mask in target["masks"]] if "masks" in target else None,
             target["keypoints"].numpy() if "keypoints" in target else None,
         )
@@ -113,7 +102,12 @@ def augmented_sheet(split: Split, loader: DeviceLoader, samples: list[int], epoc
 
 
 def _draw(image: Tensor, drawn: Drawn, split: Split, num_pictures: int) -> Tensor:
-    """Draw objects; a picture smaller than its cell is enlarged first, so that lines and text stay fine."""
+    """Draw objects; a picture smaller than its cell is enlarged first, so that lines and text stay fine.
+
+    Where there is one class only, every object has a colour of its own.
+    """
+    if len(split.annotations.categories) == 1:
+        drawn = replace(drawn, colours=np.arange(len(drawn)))
     factor = math.ceil(CELL / max(image.shape[-2:]))
     if factor > 1:
         image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
@@ -125,14 +119,6 @@ def _draw(image: Tensor, drawn: Drawn, split: Split, num_pictures: int) -> Tenso
             points = points * [factor, factor, 1]
         drawn = replace(drawn, boxes=drawn.boxes * factor, masks=masks, keypoints=points)
     return draw_objects(image, drawn, split.skeleton, keypoint_names=num_pictures <= MAX_NAMED, shown_at=CELL)
-
-
-def _captions_and_colours(labels: np.ndarray, dataset: DetectionDataset) -> tuple[list[str], np.ndarray]:
-    """Return a caption and a colour number per object: by class, or by object where there is one class only."""
-    names = dataset.label_map.names
-    if len(names) == 1:
-        return [""] * len(labels), np.arange(len(labels))
-    return [names[label - 1] for label in labels.tolist()], labels
 
 
 def _columns(num_pictures: int) -> int:

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 
 from annotations.arrays import Annotations
-from annotations.object_masks import mask_block
 from annotations.record_checks import Record
 from coco_eval import CocoEvaluator
 from evaluation.analysis import ImageScores
+from evaluation.detections import Detections
 from evaluation.results_files import read_results_of_images
 from loading.splits import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_rle
 from report.drawing import Drawn, contact_sheet, draw_objects, save_picture
+from report.drawn_objects import caption_names, drawn_detections, drawn_truth
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,15 @@ def draw_examples(
         )
         of_image = {kind: records[kind][image_id] for kind in records}
         detections = drawn_results(of_image, annotations, i, score_threshold)
+        truth = drawn_truth(
+            annotations,
+            i,
+            caption_names(annotations),
+            with_masks="segm" in evaluator.iou_types,
+            with_keypoints=annotations.num_keypoints > 0,
+        )
         sides = [
-            (f"annotated: {example.objects} object(s)", drawn_truth(annotations, i, "segm" in evaluator.iou_types)),
+            (f"annotated: {example.objects} object(s)", truth),
             (f"detected at {score_threshold:.2f}: {len(detections)}, {example.hits} right", detections),
         ]
         pair = [(text, draw_objects(pixels, side, split.skeleton, shown_at=LONG_SIDE)) for text, side in sides]
@@ -111,20 +119,6 @@ def draw_examples(
         save_picture(contact_sheet(pair, columns=columns, cell=LONG_SIDE), folder / name)
         examples.append(example)
     return examples
-
-
-def drawn_truth(annotations: Annotations, i: int, with_masks: bool) -> Drawn:
-    """Return the objects of image ``i``; a crowd says so."""
-    span = annotations.objects(i)
-    classes = np.searchsorted([id_ for id_, _ in annotations.categories], annotations.category_ids[span])
-    names = [name for _, name in annotations.categories]
-    captions = [
-        (names[k] if len(names) > 1 else "") + (" (crowd)" if crowd else "")
-        for k, crowd in zip(classes.tolist(), annotations.is_crowd[span].tolist())
-    ]
-    masks = [mask_block(annotations, i, n) for n in range(span.start, span.stop)] if with_masks else None
-    points = annotations.keypoints[span] if annotations.num_keypoints else None
-    return Drawn(_to_xyxy(annotations.boxes_xywh[span]), captions, classes, masks, points)
 
 
 def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i: int, score_threshold: float) -> Drawn:
@@ -139,10 +133,6 @@ def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i
     boxes, masks, points = of_image["bbox"], of_image.get("segm"), of_image.get("keypoints")
     chosen = [n for n, record in enumerate(boxes) if record["score"] >= score_threshold]
     chosen = sorted(chosen, key=lambda n: -boxes[n]["score"])[:MAX_DRAWN]
-    ids, names = [id_ for id_, _ in annotations.categories], [name for _, name in annotations.categories]
-    classes = [ids.index(boxes[n]["category_id"]) if boxes[n]["category_id"] in ids else len(ids) for n in chosen]
-    titles = [*names, "?"] if len(names) > 1 else ["", "?"]
-    captions = [f"{titles[k]} {boxes[n]['score']:.2f}".strip() for k, n in zip(classes, chosen)]
     blocks: list[MaskBlock] | None = None
     if masks is not None:
         height, width = int(annotations.heights[i]), int(annotations.widths[i])
@@ -156,11 +146,12 @@ def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i
             if record is not None and (record["score"], record["category_id"]) == (box["score"], box["category_id"]):
                 aligned[n] = np.reshape(record["keypoints"], (-1, 3))
                 record = next(rest, None)
-        aligned[:, :, 2] *= 2  # drawn as visible
         keypoints = aligned[chosen]
-    places = np.array([boxes[n]["bbox"] for n in chosen], dtype=np.float64).reshape(-1, 4)
-    return Drawn(_to_xyxy(places), captions, np.array(classes, dtype=np.int64), blocks, keypoints)
-
-
-def _to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+    detections = Detections(
+        np.array([boxes[n]["category_id"] for n in chosen], dtype=np.int64),
+        np.array([boxes[n]["score"] for n in chosen], dtype=np.float64),
+        np.array([boxes[n]["bbox"] for n in chosen], dtype=np.float64).reshape(-1, 4),
+        blocks,
+        keypoints,
+    )
+    return drawn_detections(detections, caption_names(annotations))
