@@ -8,7 +8,8 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from evaluation.analysis import Analysis, ImageScores, score_images
 from loading.splits import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
-from runtime.run_folder import BEST, NEWEST, SUMMARY, is_installed, read_summary
+from runtime.run_folder import BEST, NEWEST, SUMMARY, is_installed
 from training.evaluate_model import Scored
 
 logger = logging.getLogger(__name__)
@@ -49,27 +50,23 @@ def write_evaluation(
     """
     result, analysis = scored.result, scored.analysis
     assert analysis is not None
-    folder = run_dir / f"{NEWEST}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-    images = score_images(result, analysis.score_threshold)
-    _write_tables(folder, scored, analysis)
-    _write_images(folder / "images.csv", evaluator, images)
-    for kind, saved in result.saved.items():
-        saved.save(folder / f"matches_{kind}.npz")
-    if is_installed("matplotlib"):
-        _write_plots(folder, analysis)
-    examples: list[Example] = []
-    if predictions_dir is not None:
-        examples = draw_examples(folder, evaluator, images, split, predictions_dir, analysis.score_threshold)
-    summary = {"epoch": epoch, **scored.to_plain()}
-    summary["objects"] = {
-        kind: dict(zip(analysis.class_names, counts[:, 0].tolist())) for kind, counts in result.num_truths.items()
-    }
-    summary["examples"] = [vars(example) for example in examples]
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
-    _replace(folder, run_dir / NEWEST)
+    with _folder_aside(run_dir / NEWEST) as folder:
+        images = score_images(result, analysis.score_threshold)
+        _write_tables(folder, scored, analysis)
+        _write_images(folder / "images.csv", evaluator, images)
+        for kind, saved in result.saved.items():
+            saved.save(folder / f"matches_{kind}.npz")
+        if is_installed("matplotlib"):
+            _write_plots(folder, analysis)
+        examples: list[Example] = []
+        if predictions_dir is not None:
+            examples = draw_examples(folder, evaluator, images, split, predictions_dir, analysis.score_threshold)
+        summary = {"epoch": epoch, **scored.to_plain()}
+        summary["objects"] = {
+            kind: dict(zip(analysis.class_names, counts[:, 0].tolist())) for kind, counts in result.num_truths.items()
+        }
+        summary["examples"] = [vars(example) for example in examples]
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
 def main_figure(scores: dict[str, Any]) -> tuple[str, float | None]:
@@ -78,39 +75,28 @@ def main_figure(scores: dict[str, Any]) -> tuple[str, float | None]:
     return f"{kind} AP", scores[kind]["AP"]
 
 
-def keep_best(
-    run_dir: Path, kinds: Sequence[str], predictions_dir: Path | None, *, is_best: bool | None = None
-) -> bool:
-    """Copy the newest evaluation's files and predictions to the folder ``best`` if it is the best one so far.
+def keep_best(run_dir: Path, kinds: Sequence[str], predictions_dir: Path | None) -> None:
+    """Copy the newest evaluation's files and predictions to the folder ``best``.
 
     Args:
-        run_dir: Of the run.
-        kinds: Of score.
+        run_dir: Folder of the run.
+        kinds: Kinds of score that have predictions.
         predictions_dir: With ``predictions_<kind>.json`` of the newest evaluation; None keeps none.
-        is_best: Whether it is; None lets `main_figure` decide. What an abandoned later epoch left is never better.
-
-    Returns:
-        Whether it was copied.
     """
-    newest, best = read_summary(run_dir / NEWEST), read_summary(run_dir / BEST)
-    if is_best is None:
-        before, now = (main_figure(best)[1], main_figure(newest)[1]) if best else (None, None)
-        is_abandoned = newest.get("epoch") is not None and (best.get("epoch") or 0) >= newest["epoch"]
-        is_best = not best or is_abandoned or before is None or (now is not None and now > before)
-    if not is_best:
-        return False
-    folder = run_dir / f"{BEST}.tmp"
+    with _folder_aside(run_dir / BEST) as folder:
+        shutil.copytree(run_dir / NEWEST, folder, dirs_exist_ok=True)
+        for kind in kinds if predictions_dir is not None else ():
+            assert predictions_dir is not None
+            shutil.copy2(predictions_dir / f"predictions_{kind}.json", folder)
+
+
+@contextmanager
+def _folder_aside(target: Path) -> Iterator[Path]:
+    """Let the block fill an empty folder, which takes the place of ``target`` when the block is done."""
+    folder = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(run_dir / NEWEST, folder)
-    for kind in kinds if predictions_dir is not None else ():
-        assert predictions_dir is not None
-        shutil.copy2(predictions_dir / f"predictions_{kind}.json", folder)
-    _replace(folder, run_dir / BEST)
-    return True
-
-
-def _replace(folder: Path, target: Path) -> None:
-    """Put a folder in the place of another one."""
+    folder.mkdir(parents=True)
+    yield folder
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
 

@@ -36,7 +36,7 @@ def publish(
     split: Split,
     epoch: int | None,
     predictions_dir: Path | None = None,
-    is_best: bool | None = None,
+    is_best: bool = False,
 ) -> None:
     """Write all that a person reads about an evaluation: its folder, the best one's, and the page.
 
@@ -47,15 +47,15 @@ def publish(
         evaluator: That gave the figures.
         scored: With report.
         split: The evaluated images.
-        epoch: Of the model; None outside training, which never makes an evaluation the best.
+        epoch: Of the model; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, or None.
-        is_best: Whether it is the best epoch; None lets `eval_files.main_figure` decide.
+        is_best: Whether it is the best epoch so far: its files are kept in ``best``.
     """
     started = time.perf_counter()
     try:
         write_evaluation(run_dir, evaluator, scored, split, epoch=epoch, predictions_dir=predictions_dir)
-        if epoch is not None:
-            keep_best(run_dir, evaluator.iou_types, predictions_dir, is_best=is_best)
+        if is_best:
+            keep_best(run_dir, evaluator.iou_types, predictions_dir)
         write_page(run_dir)
     except Exception as error:  # a page is never worth a training
         logger.warning("no complete report in %s: %s: %s", run_dir, type(error).__name__, error)

@@ -37,7 +37,7 @@ def near_truth(annotations, i, rng, noise):
     return Detections(ids, scores, boxes, masks, points).take(np.argsort(-scores, kind="stable"))
 
 
-def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions=True, **options):
+def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions=True, is_best=True):
     """Do what a run does after an epoch, with detections near the ground truth; returns what was scored."""
     annotations, rng = data.val.annotations, np.random.default_rng(seed)
     evaluator = CocoEvaluator(annotations, KINDS[task], sigmas=data.sigmas)
@@ -55,5 +55,5 @@ def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions
     scores = scored.to_plain()
     append_metrics(run_dir, epoch, {"loss": 1.0, "lr": 0.1, "seconds": 1.0}, scores)
     predictions_dir = run_dir if with_predictions else None
-    publish(run_dir, evaluator, scored, data.val, epoch=epoch, predictions_dir=predictions_dir, **options)
+    publish(run_dir, evaluator, scored, data.val, epoch, predictions_dir, is_best)
     return evaluator, scored

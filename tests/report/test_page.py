@@ -49,7 +49,7 @@ def run_dir(tmp_path_factory):
     draw_coco(root / "people", num_keypoints=17)
     data = load_data(Source("coco_kp", root / "people", cache_dir=root / "cache"), "keypoint", test_only=True)
     for epoch, noise in enumerate((1.0, 3.0)):
-        evaluate_once(data, root / "run", "keypoint", epoch=epoch, noise=noise, seed=epoch)
+        evaluate_once(data, root / "run", "keypoint", epoch=epoch, noise=noise, seed=epoch, is_best=epoch == 0)
     return root / "run"
 
 
