@@ -25,7 +25,14 @@ from evaluation.coco_matching import (
     match_image,
     rank_detections,
 )
-from evaluation.coco_metrics import build_params, check_sigmas, format_coco_lines, summarize, summarize_classes
+from evaluation.coco_metrics import (
+    SCORE_KINDS,
+    build_params,
+    check_sigmas,
+    format_coco_lines,
+    summarize,
+    summarize_classes,
+)
 from evaluation.detections import Detections, detections_from_output
 from evaluation.eval_result import EvalResult, SavedMatches
 from evaluation.keypoint_errors import KeypointErrors, format_errors, summarize_errors
@@ -360,10 +367,9 @@ def _read_matches(file: io.BytesIO, num_bits: int) -> Matches:
 
 def format_summary(result: EvalResult) -> str:
     """Return the figures as text: by name, a block per kind of score, and once more in pycocotools' own lines."""
-    titles = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
     lines = []
     for iou_type, figures in result.metrics.items():
-        lines.append(f"{titles[iou_type]} (COCO, {result.settings['num_images']} images)")
+        lines.append(f"{SCORE_KINDS[iou_type].title} (COCO, {result.settings['num_images']} images)")
         for name, value in figures.items():
             text = "n/a (no such object in the ground truth)" if value is None else f"{value:.4f}"
             lines.append(f"  {name:<10} {text}")

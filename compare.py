@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, compare_figure, draw_weights, resample
+from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.eval_result import SavedMatches
 from runtime.run_folder import BEST, NEWEST, read_summary
 from utils import HelpFormatter, setup_logging
 
 logger = logging.getLogger("compare")
-
-KINDS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -64,7 +63,7 @@ def find_evaluation(run_dir: Path, which: str) -> Path:
 
 def read_matches(folder: Path) -> dict[str, SavedMatches]:
     """Return the matches of every kind of score that an evaluation has."""
-    paths = {kind: folder / f"matches_{kind}.npz" for kind in KINDS}
+    paths = {kind: folder / f"matches_{kind}.npz" for kind in SCORE_KINDS}
     return {kind: SavedMatches.load(path) for kind, path in paths.items() if path.is_file()}
 
 
@@ -79,7 +78,9 @@ def check_comparable(first: SavedMatches, second: SavedMatches, kind: str) -> No
         raise ValueError(f"the runs were evaluated with different classes ({', '.join(different[:5])})")
     if first.fingerprint != second.fingerprint:
         counts = f"{len(first.truth_images)} and {len(second.truth_images)} objects"
-        raise ValueError(f"the annotations differ between the runs ({KINDS[kind]}: {counts}); evaluate both again")
+        raise ValueError(
+            f"the annotations differ between the runs ({SCORE_KINDS[kind].title}: {counts}); evaluate both again"
+        )
     names = [f"max_dets_{kind}", *(("kpt_oks_sigmas", "oks_area") if kind == "keypoints" else ())]
     for name in names:
         a, b = first.settings.get(name), second.settings.get(name)
@@ -136,7 +137,7 @@ def main(args: argparse.Namespace) -> int:
     content: dict[str, Any] = {}
     for kind in kinds:
         figures, per_class = compare_matches(first[kind], second[kind], args.resamples, args.seed)
-        print(f"\n{KINDS[kind]}, {len(first[kind].image_ids)} images, resampled {args.resamples} times")
+        print(f"\n{SCORE_KINDS[kind].title}, {len(first[kind].image_ids)} images, resampled {args.resamples} times")
         print(format_differences("figure", figures))
         if len(per_class) > 1:
             print(format_differences("AP of class", per_class))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from annotations.findings import ON_BAD_DATA
 from coco_eval import OKS_AREAS
-from evaluation.coco_metrics import DETECTION_SUMMARY, KEYPOINT_SUMMARY
+from evaluation.coco_metrics import SCORE_KINDS
 from loading.splits import DATASETS, Data, Source
 from models.architectures import ARCHITECTURES, IOU_TYPES, ModelSpec
 from models.weights import find_backbone_weights, find_model_weights
@@ -401,8 +401,7 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def metric_names(task: str) -> list[str]:
     """Return what ``--best-metric`` may be for models of a task."""
-    summary = {"keypoints": KEYPOINT_SUMMARY}
-    return [f"{kind}/{line[0]}" for kind in IOU_TYPES[task] for line in summary.get(kind, DETECTION_SUMMARY)]
+    return [f"{kind}/{line[0]}" for kind in IOU_TYPES[task] for line in SCORE_KINDS[kind].summary]
 
 
 def log_ineffective_flags(args: argparse.Namespace) -> None:

@@ -24,7 +24,8 @@ from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
 from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
-from evaluation.results_files import FIELDS, detections_of_results, read_results
+from evaluation.coco_metrics import SCORE_KINDS
+from evaluation.results_files import detections_of_results, read_results
 from utils import HelpFormatter, setup_logging
 
 logger = logging.getLogger("score")
@@ -40,7 +41,10 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--ground-truth", required=True, metavar="FILE", help="score against this COCO annotation file")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="score this COCO results file")
     parser.add_argument(
-        "--iou-types", nargs="+", choices=sorted(FIELDS), help="score these kinds only; default: what the results have"
+        "--iou-types",
+        nargs="+",
+        choices=sorted(SCORE_KINDS),
+        help="score these kinds only; default: what the results have",
     )
     parser.add_argument(
         "--kpt-oks-sigmas",
@@ -106,8 +110,8 @@ def score(
         logger.warning("%s: %d result(s) of unknown categories do not count (%s)", name, len(strange), ids)
 
     for t in iou_types:
-        if records and not any(FIELDS[t] in record for record in records):
-            raise ValueError(f"{name}: no result has {FIELDS[t]!r}, which a score of {t} needs")
+        if records and not any(SCORE_KINDS[t].field in record for record in records):
+            raise ValueError(f"{name}: no result has {SCORE_KINDS[t].field!r}, which a score of {t} needs")
     values = None
     if "keypoints" in iou_types:
         for n, record in enumerate(records):
@@ -122,10 +126,11 @@ def score(
     for record in records:
         by_image[record["image_id"]].append(record)
     for image_id in annotations.image_ids.tolist():
-        evaluator.add_by_type(
-            image_id,
-            {t: detections_of_results([r for r in by_image[image_id] if FIELDS[t] in r], t) for t in iou_types},
-        )
+        of_image = by_image[image_id]
+        detections = {}
+        for t in iou_types:
+            detections[t] = detections_of_results([r for r in of_image if SCORE_KINDS[t].field in r], t)
+        evaluator.add_by_type(image_id, detections)
     return evaluator, evaluator.compute()
 
 
@@ -135,7 +140,8 @@ def main(args: argparse.Namespace) -> int:
     for finding in annotations.warnings:
         logger.warning("%s", finding)
     records = read_results(Path(args.predictions))
-    iou_types = args.iou_types or [t for t, f in FIELDS.items() if any(f in record for record in records)] or ["bbox"]
+    fields = {field for record in records for field in record}
+    iou_types = args.iou_types or [t for t, kind in SCORE_KINDS.items() if kind.field in fields] or ["bbox"]
     evaluator, result = score(
         annotations,
         records,

@@ -1,6 +1,10 @@
-"""COCO's parameters and summary figures; pycocotools' ``Params`` says what they are computed with."""
+"""The kinds of score, COCO's parameters and summary figures.
+
+pycocotools' ``Params`` says what the figures are computed with.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pycocotools.cocoeval import Params
@@ -37,6 +41,31 @@ KEYPOINT_SUMMARY: tuple[SummaryLine, ...] = (
     ("AR_large", "recall", None, "large", -1),
 )
 
+
+@dataclass(frozen=True)
+class ScoreKind:
+    """One of COCO's kinds of score.
+
+    Attributes:
+        title: What is scored, for people.
+        field: Of a COCO results record, that holds it.
+        overlap: Name of the similarity between an object and a detection.
+        summary: Its figures, in COCO's order.
+    """
+
+    title: str
+    field: str
+    overlap: str
+    summary: tuple[SummaryLine, ...]
+
+
+# By iou_type; the later one says more of what a model is made for.
+SCORE_KINDS = {
+    "bbox": ScoreKind("boxes", "bbox", "IoU", DETECTION_SUMMARY),
+    "segm": ScoreKind("masks", "segmentation", "IoU", DETECTION_SUMMARY),
+    "keypoints": ScoreKind("keypoints", "keypoints", "OKS", KEYPOINT_SUMMARY),
+}
+
 Figures = dict[str, float | None]
 
 
@@ -72,7 +101,7 @@ def check_sigmas(sigmas: np.ndarray, num_keypoints: int) -> None:
 def summarize(curves: Curves, params: Params) -> Figures:
     """Return COCO's summary figures by name; None where there is no object of that kind to find."""
     figures: Figures = {}
-    for name, array, threshold, area, m in KEYPOINT_SUMMARY if params.iouType == "keypoints" else DETECTION_SUMMARY:
+    for name, array, threshold, area, m in SCORE_KINDS[params.iouType].summary:
         values = getattr(curves, array)[..., params.areaRngLbl.index(area), m]
         if threshold is not None:
             values = values[np.isclose(params.iouThrs, threshold)]

@@ -12,14 +12,12 @@ import numpy as np
 from annotations.findings import BadDataError, Findings
 from annotations.record_checks import Record
 from coco_utils import read_json
+from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.detections import Detections
 from pixels.masks import MaskBlock, counts_of_block
 from utils import barrier, rank, world_size, write_aside
 
 logger = logging.getLogger(__name__)
-
-# A results file carries one kind: pycocotools takes a box beside a mask for the mask's area.
-FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 
 def rle_of_block(block: MaskBlock, height: int, width: int) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def detections_of_results(records: Sequence[Record], iou_type: str) -> Detection
         np.array([record["category_id"] for record in records], dtype=np.int64),
         np.array([record["score"] for record in records], dtype=np.float64),
     )
-    values = [record[FIELDS[iou_type]] for record in records]
+    values = [record[SCORE_KINDS[iou_type].field] for record in records]
     if iou_type == "bbox":
         detections.boxes_xywh = np.array(values, dtype=np.float64).reshape(-1, 4)
     elif iou_type == "segm":

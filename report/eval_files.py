@@ -17,6 +17,7 @@ import numpy as np
 
 from coco_eval import CocoEvaluator
 from evaluation.analysis import Analysis, ImageScores, score_images
+from evaluation.coco_metrics import SCORE_KINDS
 from loading.splits import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
@@ -71,7 +72,7 @@ def write_evaluation(
 
 def main_figure(scores: dict[str, Any]) -> tuple[str, float | None]:
     """Return the name and value of the figure that says which epoch is best: AP of what the model is made for."""
-    kind = next(kind for kind in ("keypoints", "segm", "bbox") if kind in scores)
+    kind = next(kind for kind in reversed(SCORE_KINDS) if kind in scores)
     return f"{kind} AP", scores[kind]["AP"]
 
 
@@ -155,7 +156,7 @@ def _write_images(path: Path, evaluator: CocoEvaluator, images: ImageScores) -> 
 def _write_plots(folder: Path, analysis: Analysis) -> None:
     """Draw curves and confusion matrix."""
     for kind, precision in analysis.precision.items():
-        overlap = "OKS" if kind == "keypoints" else "IoU"
-        png = plots.plot_precision_recall(analysis.recall, precision, analysis.class_names, overlap)
+        names, overlap = analysis.class_names, SCORE_KINDS[kind].overlap
+        png = plots.plot_precision_recall(analysis.recall, precision, names, overlap)
         (folder / f"pr_{kind}.png").write_bytes(png)
     (folder / "confusion.png").write_bytes(plots.plot_confusion(analysis.confusion, analysis.class_names))

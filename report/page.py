@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coco_eval import CocoEvaluator
+from evaluation.coco_metrics import SCORE_KINDS
 from loading.splits import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
@@ -24,7 +25,6 @@ from utils import write_aside
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-KINDS = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}
 # What `engine.train_one_epoch` notes beside the losses.
 NO_LOSSES = ("seconds", "img_per_s", "data_wait", "max_mem_mb", "lr")
 
@@ -79,11 +79,16 @@ def write_page(run_dir: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _title(kind: str) -> str:
+    """Return what a kind of score is called at the head of a section."""
+    return SCORE_KINDS[kind].title.capitalize()
+
+
 def page_content(run_dir: Path) -> dict[str, Any]:
     """Return what the template shows, all of it from files."""
     newest, best = read_summary(run_dir / NEWEST), read_summary(run_dir / BEST)
     folder, summary = (run_dir / BEST, best) if best else (run_dir / NEWEST, newest)
-    kinds = [kind for kind in KINDS if kind in summary]
+    kinds = [kind for kind in SCORE_KINDS if kind in summary]
     return {
         "title": run_dir.resolve().name,
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -160,7 +165,7 @@ def _headline(kind: str, summary: dict[str, Any]) -> dict[str, Any]:
     """Return the large figures of one kind of score."""
     figures = summary[kind]
     return {
-        "name": KINDS[kind],
+        "name": _title(kind),
         "AP": figures["AP"],
         "interval": summary.get("intervals", {}).get(kind, {}).get("AP"),
         "others": {name: figures[name] for name in ("AP50", "AP75", "AR")},
@@ -185,9 +190,9 @@ def _learning_curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     if not lines:
         return []
     epochs = [line["epoch"] for line in lines]
-    kinds = [kind for kind in KINDS if any(kind in line for line in lines)]
-    figures = {KINDS[kind]: [line.get(kind, {}).get("AP") for line in lines] for kind in kinds}
-    bands = {KINDS[kind]: [line.get("intervals", {}).get(kind, {}).get("AP") for line in lines] for kind in kinds}
+    kinds = [kind for kind in SCORE_KINDS if any(kind in line for line in lines)]
+    figures = {_title(kind): [line.get(kind, {}).get("AP") for line in lines] for kind in kinds}
+    bands = {_title(kind): [line.get("intervals", {}).get(kind, {}).get("AP") for line in lines] for kind in kinds}
     curves = [("AP over epochs", plots.plot_lines(epochs, figures, label="AP", bands=bands))]
     train = [line.get("train", {}) for line in lines]
     names = dict.fromkeys(name for averages in train for name in averages if name not in NO_LOSSES)
@@ -217,8 +222,8 @@ def _kind(kind: str, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         for name, figures in summary.get("per_class", {}).get(kind, {}).items()
     ]
     return {
-        "name": KINDS[kind],
-        "overlap": "OKS" if kind == "keypoints" else "IoU",
+        "name": _title(kind),
+        "overlap": SCORE_KINDS[kind].overlap,
         "figures": [
             {"name": name, "value": value, "interval": intervals.get(name)} for name, value in summary[kind].items()
         ],
