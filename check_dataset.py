@@ -26,7 +26,7 @@ from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
 from loading.splits import Data, training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
-from utils import Distributed, HelpFormatter, choose_device, setup_logging
+from utils import Distributed, HelpFormatter, choose_device, run_command
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -137,12 +137,7 @@ def run(argv: list[str] | None = None) -> int:
     check_data_args(parser, args)
     if args.view < 0:
         parser.error(f"--view {args.view}: must not be negative")
-    setup_logging(is_main=True)
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, main, args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, compare_fig
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.eval_result import SavedMatches
 from runtime.run_folder import BEST, NEWEST, read_summary
-from utils import HelpFormatter, setup_logging
+from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("compare")
 
@@ -159,12 +159,7 @@ def run(argv: list[str] | None = None) -> int:
         parser.error(f"--json {args.json}: no such folder")
     if args.resamples < 2:
         parser.error(f"--resamples must be at least 2, got {args.resamples}")
-    setup_logging(is_main=True)
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 1
+    return run_command("compare.py", main, args)
 
 
 if __name__ == "__main__":

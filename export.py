@@ -38,7 +38,7 @@ from inference.detector import Detector, find_images, load_detector
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
-from utils import HelpFormatter, setup_logging, versions, write_aside
+from utils import HelpFormatter, run_command, versions, write_aside
 
 logger = logging.getLogger("export")
 
@@ -307,12 +307,7 @@ def main(args: argparse.Namespace) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Parse flags and run `main`; expected errors become one line and exit code 1."""
     args = get_args_parser().parse_args(argv)
-    setup_logging(is_main=True)
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"export.py: error: {error}; nothing was written", file=sys.stderr)
-        return 1
+    return run_command("export.py", main, args, aftermath="; nothing was written")
 
 
 if __name__ == "__main__":

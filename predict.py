@@ -33,7 +33,7 @@ from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import draw_objects, save_picture
 from report.drawn_objects import drawn_detections
-from utils import HelpFormatter, choose_device, setup_logging, versions, write_aside
+from utils import HelpFormatter, choose_device, run_command, versions, write_aside
 
 logger = logging.getLogger("predict")
 
@@ -248,13 +248,8 @@ def run(argv: list[str] | None = None) -> int:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(parser, args)
-    setup_logging(is_main=True)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are refused, with a line of ours
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        return 1
+    return run_command("predict.py", main, args)
 
 
 if __name__ == "__main__":

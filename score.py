@@ -26,7 +26,7 @@ from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.results_files import detections_of_results, read_results
-from utils import HelpFormatter, setup_logging
+from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("score")
 
@@ -171,13 +171,8 @@ def run(argv: list[str] | None = None) -> int:
         parser.error(f"--max-dets {args.max_dets}: must be at least 1")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"--json {args.json}: no such folder")
-    setup_logging(is_main=True)
     np.seterr(all="ignore")
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"score.py: error: {error}", file=sys.stderr)
-        return 1
+    return run_command("score.py", main, args)
 
 
 if __name__ == "__main__":

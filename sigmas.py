@@ -22,7 +22,7 @@ from coco_utils import read_coco
 from custom_dataset import read_dataset_info
 from evaluation.results_files import detections_of_results, read_results
 from evaluation.sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
-from utils import HelpFormatter, setup_logging
+from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("sigmas")
 
@@ -132,16 +132,15 @@ def print_curve(args: argparse.Namespace) -> None:
         print(f"  {factor:>6g} {cells}")
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Parse flags and run the command; expected errors become one line and exit code 1."""
-    args = get_args_parser().parse_args(argv)
-    setup_logging(is_main=True)
-    try:
-        {"estimate": print_estimate, "card": print_card, "curve": print_curve}[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sigmas.py: error: {error}", file=sys.stderr)
-        return 1
+def main(args: argparse.Namespace) -> int:
+    """Run one of the three commands."""
+    {"estimate": print_estimate, "card": print_card, "curve": print_curve}[args.command](args)
     return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Parse flags and run `main`; expected errors become one line and exit code 1."""
+    return run_command("sigmas.py", main, get_args_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

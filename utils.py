@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +103,23 @@ def log_to_file(path: Path) -> None:
         if isinstance(handler, (logging.handlers.MemoryHandler, logging.FileHandler)):
             root.removeHandler(handler)
     root.addHandler(file)
+
+
+def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermath: str = "") -> int:
+    """Return the exit code of ``main(args)``; an expected error becomes one line on stderr and exit code 1.
+
+    Args:
+        program: Name of the command, at the start of that line.
+        main: Does the command's work.
+        args: Its parsed flags.
+        aftermath: What the line adds after the error, such as that nothing was written.
+    """
+    setup_logging(is_main=True)
+    try:
+        return main(args)
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {error}{aftermath}", file=sys.stderr)
+        return 1
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whatever happens in between."""
+"""Files are written whole or not at all, whatever happens in between; commands end with a line, not a traceback."""
 
 import signal
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers.drawn import ROOT
-from utils import write_aside
+from utils import run_command, write_aside
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -39,7 +39,7 @@ def test_a_kill_in_between_leaves_the_old_file(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils import write_aside
+from utils import run_command, write_aside
 with write_aside(Path({str(path)!r})) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -58,3 +58,18 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first"  # the block that ends last
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError("no such thing"), FileNotFoundError("no such thing")])
+def test_what_a_user_did_wrong_is_one_line_and_exit_code_1(error, capsys):
+    def main(args):
+        raise error
+
+    assert run_command("tool.py", main, None, aftermath="; nothing was written") == 1
+    assert capsys.readouterr().err == "tool.py: error: no such thing; nothing was written\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_exit_codes_pass():
+    with pytest.raises(ZeroDivisionError):
+        run_command("tool.py", lambda args: 1 // args, 0)
+    assert run_command("tool.py", lambda args: args, 4) == 4
