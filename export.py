@@ -26,6 +26,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from files import write_aside
 from inference.compare_outputs import (
     BOX_TOLERANCE,
     MASK_TOLERANCE,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from annotations.record_checks import Record
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
+from files import write_aside
 from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
 from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text

@@ -379,40 +379,6 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def write_aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Let the block write a file under another name, which becomes ``path`` when the block is done.
-
-    Whoever reads ``path`` finds all of the new file or all of the one before. When the block raises, the one before
-    stays and nothing else is left; a killed process leaves the temporary file, whose name ends in ``.tmp``.
-
-    Args:
-        path: The file to write or replace; its folder exists.
-        durable: Have the content on the disk before the rename, so that a power cut does not leave an empty file.
-
-    Yields:
-        Where to write; in the same folder, used by no other process or thread.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        if durable:
-            sync_to_disk(temporary)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def sync_to_disk(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
 def seeded_cpu_rng(*parts: int | str) -> Iterator[None]:
     """Run the block with torch's CPU generator seeded from ``parts``; put its state back afterwards."""
     generator = torch.default_generator

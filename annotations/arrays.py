@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from annotations.findings import Finding
+from files import write_aside
 from utils import sha256_of_file, write_aside
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from annotations.arrays import Annotations, default_cache_dir
 from annotations.findings import Findings
+from files import write_aside
 from pixels.images import BadImageError, read_header, read_image
-from utils import sha256_of_file, write_aside
+from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from annotations.record_checks import Record
 from coco_utils import read_json
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.detections import Detections
+from files import write_aside
 from pixels.masks import MaskBlock, counts_of_block
-from utils import barrier, rank, world_size, write_aside
+from utils import barrier, rank, world_size
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from files import read_torch_file
 from models.architectures import ARCHITECTURES, Backbone, ModelSpec, backbone_keys, build_model
 from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
+
+# What torchvision's scripts put into their checkpoints; it is a plain bag of values.
+_IN_CHECKPOINTS = (argparse.Namespace,)
 
 # The layers whose shape depends on the number of classes or keypoints.
 HEADS = (
@@ -72,27 +75,6 @@ def find_backbone_weights(name: str, model: str) -> WeightsSource:
     return find_weights(name, ARCHITECTURES[model].backbone.weights, "--weights-backbone")
 
 
-def read_torch_file(path: Path) -> Any:
-    """Read a file that ``torch.save`` wrote, tensors and plain values only.
-
-    An ``argparse.Namespace``, which torchvision's scripts put into their checkpoints, is let through: it is a plain
-    bag of values.
-
-    Raises:
-        ValueError: The file is damaged, no such file, or holds other Python objects.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            text = "it holds Python objects, which are not loaded because they can run code"
-        raise ValueError(f"{path}: not a readable checkpoint: {text}") from None
-
-
 def read_weights(source: WeightsSource) -> dict[str, Tensor]:
     """Return the state dict of a source; of a checkpoint its averaged weights, else its ``model``.
 
@@ -102,7 +84,7 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
     if source.entry is not None:
         return dict(source.entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
     assert source.path is not None
-    content = read_torch_file(source.path)
+    content = read_torch_file(source.path, _IN_CHECKPOINTS)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content.get("model_ema", content["model"])  # the average is what the checkpoint's scores are of
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -112,7 +94,7 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
 
 def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model: str) -> dict[str, Any]:
     """Return the fields of `ModelSpec` that must be as these weights were trained."""
-    content = read_torch_file(source.path) if source.path is not None else {}
+    content = read_torch_file(source.path, _IN_CHECKPOINTS) if source.path is not None else {}
     if "model_spec" in content:  # a checkpoint of this suite
         return {name: content["model_spec"][name] for name in ("frozen_norm", "frozen_norm_eps", "full_tail")}
     architecture = ARCHITECTURES[model]

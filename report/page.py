@@ -14,13 +14,13 @@ from typing import Any
 
 from coco_eval import CocoEvaluator
 from evaluation.coco_metrics import SCORE_KINDS
+from files import write_aside
 from loading.splits import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
 from runtime.run_folder import BEST, NEWEST, is_installed, read_summary
 from runtime.trackers import read_metrics
 from training.evaluate_model import Scored
-from utils import write_aside
 
 logger = logging.getLogger(__name__)
 

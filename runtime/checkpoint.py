@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from files import read_torch_file, sync_to_disk, write_aside
 from utils import all_reduce_max, check_same_everywhere, sha256_of_file, sync_to_disk, write_aside
 
 logger = logging.getLogger(__name__)
@@ -135,12 +136,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if known and sha256_of_file(path) not in known:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_hash_file(path).name}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            text = "it holds pickled Python objects, which are not loaded because they can run code"
-        raise CheckpointError(f"{path}: not a readable checkpoint: {text}") from None
+        content = read_torch_file(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(content, dict) or "model_spec" not in content:
         raise CheckpointError(
             f"{path}: not a checkpoint of this suite; start from its weights with --weights {path} instead"

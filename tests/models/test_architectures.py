@@ -5,13 +5,13 @@ import torch
 import torchvision
 from torchvision.models import get_model, get_model_weights
 
+from files import read_torch_file
 from models.architectures import ARCHITECTURES, VGG16, ModelSpec, backbone_keys, build_model
 from models.weights import (
     find_backbone_weights,
     find_model_weights,
     load_backbone,
     load_model_weights,
-    read_torch_file,
     read_weights,
     structure_of_weights,
 )
