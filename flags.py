@@ -19,7 +19,7 @@ from models.weights import find_backbone_weights, find_model_weights
 from optimization.optimizer import OPTIMIZERS
 from optimization.schedule import SCHEDULERS
 from optimization.step import ON_NAN
-from presets import PRESETS, RESIZING_PRESETS
+from presets import PRESETS
 from runtime.checkpoint import file_to_resume, find_newest, load_checkpoint
 from utils import HelpFormatter, choose_device
 
@@ -387,7 +387,7 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")
     if architecture.fixed_size is not None and (args.min_size or args.max_size):
         parser.error(f"--min-size and --max-size: {args.model} always resizes to {architecture.fixed_size}")
-    if architecture.fixed_size is not None and args.data_augmentation in RESIZING_PRESETS:
+    if architecture.fixed_size is not None and PRESETS[args.data_augmentation].resizes:
         parser.error(
             f"--data-augmentation {args.data_augmentation}: {args.model} always resizes; use ssd, ssdlite or hflip"
         )
@@ -447,7 +447,7 @@ def wanted_spec(args: argparse.Namespace, data: Data) -> ModelSpec:
         trainable_layers=len(architecture.backbone.stages),
         min_size=tuple(args.min_size) if args.min_size else None,
         max_size=args.max_size,
-        skip_resize=args.data_augmentation in RESIZING_PRESETS,
+        skip_resize=PRESETS[args.data_augmentation].resizes,
         detections_per_img=args.max_dets,
         rpn_score_thresh=args.rpn_score_thresh,
     )

@@ -4,20 +4,54 @@ Names, order and parameters are those of torchvision's detection scripts. Pipeli
 boxes, keypoints and masks follow.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torchvision.transforms import v2
 
 from transforms import FixedSizeCrop, RandomIoUCrop
 
-PRESETS = ("hflip", "lsj", "multiscale", "ssd", "ssdlite")
-
-# Presets that choose the training size themselves: the model must not resize again.
-RESIZING_PRESETS = ("lsj", "multiscale")
-
-# Presets whose resize, and what follows it, a CUDA device does instead of the workers: all that resize.
-DEVICE_PRESETS = ("lsj", "multiscale", "ssd", "ssdlite")
-
 # Mean colour of ImageNet in 0..255, shown around an image that is zoomed out.
 MEAN_COLOUR = (123.0, 117.0, 104.0)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named augmentation.
+
+    Attributes:
+        steps: Returns its transforms from the mirroring step, the short side the model is used at, and the limit of the
+            long side.
+        resizes: Whether it chooses the training size itself: the model must not resize again.
+        on_device: Whether a CUDA device does the resize, and what follows it, instead of the workers.
+    """
+
+    steps: Callable[[v2.Transform, int, int], list[v2.Transform]]
+    resizes: bool = False
+    on_device: bool = True
+
+
+def _lsj_steps(flip: v2.Transform, min_size: int, max_size: int) -> list[v2.Transform]:
+    side = round(1024 * min_size / 800)
+    return [v2.ScaleJitter((side, side), scale_range=(0.1, 2.0)), FixedSizeCrop(side, side), flip]
+
+
+def _multiscale_steps(flip: v2.Transform, min_size: int, max_size: int) -> list[v2.Transform]:
+    sizes = [round(size * min_size / 800) for size in range(480, 801, 32)]
+    return [v2.RandomShortestSize(sizes, max_size=max_size), flip]
+
+
+def _ssd_steps(flip: v2.Transform, min_size: int, max_size: int) -> list[v2.Transform]:
+    return [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(MEAN_COLOUR)), RandomIoUCrop(), flip]
+
+
+PRESETS = {
+    "hflip": Preset(lambda flip, min_size, max_size: [flip], on_device=False),  # nothing to resize
+    "lsj": Preset(_lsj_steps, resizes=True),
+    "multiscale": Preset(_multiscale_steps, resizes=True),
+    "ssd": Preset(_ssd_steps),
+    "ssdlite": Preset(lambda flip, min_size, max_size: [RandomIoUCrop(), flip]),
+}
 
 
 def build_transforms(
@@ -42,30 +76,9 @@ def build_transforms(
     Raises:
         ValueError: Unknown preset.
     """
-    steps: list[v2.Transform]
-    if preset == "hflip":
-        steps = [v2.RandomHorizontalFlip(hflip_prob)]
-    elif preset == "lsj":
-        side = round(1024 * min_size / 800)
-        steps = [
-            v2.ScaleJitter((side, side), scale_range=(0.1, 2.0)),
-            FixedSizeCrop(side, side),
-            v2.RandomHorizontalFlip(hflip_prob),
-        ]
-    elif preset == "multiscale":
-        sizes = [round(size * min_size / 800) for size in range(480, 801, 32)]
-        steps = [v2.RandomShortestSize(sizes, max_size=max_size), v2.RandomHorizontalFlip(hflip_prob)]
-    elif preset == "ssd":
-        steps = [
-            v2.RandomPhotometricDistort(),
-            v2.RandomZoomOut(fill=list(MEAN_COLOUR)),
-            RandomIoUCrop(),
-            v2.RandomHorizontalFlip(hflip_prob),
-        ]
-    elif preset == "ssdlite":
-        steps = [RandomIoUCrop(), v2.RandomHorizontalFlip(hflip_prob)]
-    else:
+    if preset not in PRESETS:
         raise ValueError(f"unknown augmentation {preset!r}; expected one of {', '.join(PRESETS)}")
+    steps = PRESETS[preset].steps(v2.RandomHorizontalFlip(hflip_prob), min_size, max_size)
     if fixed_size is not None:
         steps.append(v2.Resize(list(fixed_size), antialias=False))
     return v2.Compose(steps)

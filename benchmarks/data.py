@@ -31,7 +31,7 @@ from loading.loaders import DeviceLoader
 from loading.samples import DetectionDataset, ImageFolder, Sample
 from loading.splits import label_map_for
 from pixels.images import read_image
-from presets import DEVICE_PRESETS, PRESETS, build_transforms
+from presets import PRESETS, build_transforms
 
 BATCH_SIZE = 2
 FIXED_SIZES = {"ssd": (300, 300), "ssdlite": (320, 320)}
@@ -176,7 +176,7 @@ def build_variants(preset, images, annotations, workers):
             "boxes": Variant(ours(False), workers),
             "masks": Variant(ours(True), workers),
         }
-    if preset in DEVICE_PRESETS:
+    if PRESETS[preset].on_device:
         variants["boxes, geometry on the device"] = Variant(ours(False, on_device=True), workers)
         variants["masks, geometry on the device"] = Variant(ours(True, on_device=True), workers)
     return variants
@@ -215,7 +215,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of photographs; drawn ones by default")
     parser.add_argument("--annotations", type=Path, help="their COCO json")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--only", nargs="+", help="names of loaders, for a closer look")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of every loader in every round")

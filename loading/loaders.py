@@ -15,7 +15,7 @@ from loading.samples import DetectionDataset
 from loading.shared_memory import SLOT_BYTES, SharedSlots
 from loading.splits import Data, training_indices
 from models.architectures import ModelSpec
-from presets import DEVICE_PRESETS, build_transforms
+from presets import PRESETS, build_transforms
 from runtime.machine import HangWatch, check_shared_memory
 from runtime.signals import leave_stopping_to_parent
 from utils import Distributed
@@ -181,7 +181,7 @@ def build_train_loader(
         seed=seed,
         augmentation=augmentation,
         keep_negatives=keep_negatives,
-        resize_on_device=distributed.device.type == "cuda" and augmentation in DEVICE_PRESETS and not copy_paste,
+        resize_on_device=distributed.device.type == "cuda" and PRESETS[augmentation].on_device and not copy_paste,
     )
     sampler = GroupedBatchSampler(
         dataset.heights,
