@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.bootstrap import LEVEL, RESAMPLED, SEED, Difference, compare_figure, draw_weights, resample
+from evaluation.bootstrap import LEVEL, RESAMPLED, RESAMPLES, SEED, Difference, compare_figure, draw_weights, resample
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.eval_result import SavedMatches
-from runtime.run_folder import BEST, NEWEST, read_summary
+from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, read_summary
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("compare")
@@ -40,7 +40,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "--evaluation", default="best", choices=("best", "newest"), help="compare the best or the newest evaluations"
     )
     parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N", help="draw N random sets of images, at least 2"
+        "--resamples", type=int, default=RESAMPLES, metavar="N", help="draw N random sets of images, at least 2"
     )
     parser.add_argument("--seed", type=int, default=SEED, help="draw the sets of images from this number, 0 or more")
     parser.add_argument("--json", metavar="FILE", help="also write the differences to FILE")
@@ -53,7 +53,7 @@ def find_evaluation(run_dir: Path, which: str) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    folder = run_dir / (BEST if which == "best" else NEWEST)
+    folder = run_dir / (BEST_EVAL if which == "best" else NEWEST_EVAL)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such folder")
     if not any(folder.glob("matches_*.npz")):

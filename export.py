@@ -39,7 +39,7 @@ from inference.detector import Detector, find_images, load_detector
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
-from utils import HelpFormatter, run_command, versions, write_aside
+from utils import HelpFormatter, run_command, versions
 
 logger = logging.getLogger("export")
 

@@ -34,7 +34,7 @@ from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import draw_objects, save_picture
 from report.drawn_objects import drawn_detections
-from utils import HelpFormatter, choose_device, run_command, versions, write_aside
+from utils import HelpFormatter, choose_device, run_command, versions
 
 logger = logging.getLogger("predict")
 

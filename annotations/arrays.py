@@ -23,7 +23,7 @@ import torch
 
 from annotations.findings import Finding
 from files import write_aside
-from utils import sha256_of_file, write_aside
+from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ LEVEL = 0.95
 # Figures that carry an interval.
 RESAMPLED = ("AP", "AP50", "AP75", "AR")
 
-# A thousand resamples where that is cheap, fewer for large datasets, none where not even the smallest number is cheap;
-# the bound is on resamples times detections.
-MOST_RESAMPLES, FEWEST_RESAMPLES = 1000, 100
+# So many where that is cheap, fewer for large datasets, none where a tenth is not cheap either; the bound is on
+# resamples times detections.
+RESAMPLES = 1000
 MAX_WORK = 100_000_000
 
 # Resamples times detections that are worked on at once: what fits the processor's cache.
@@ -138,7 +138,7 @@ def _average_precision(
 def num_resamples(num_detections: int) -> int:
     """Return how many resamples are made for so many detections; 0 where it would take too long."""
     affordable = MAX_WORK // max(1, num_detections)
-    return min(MOST_RESAMPLES, affordable) if affordable >= FEWEST_RESAMPLES else 0
+    return min(RESAMPLES, affordable) if affordable >= RESAMPLES // 10 else 0
 
 
 def interval(figure: float, resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:

@@ -21,7 +21,7 @@ from evaluation.coco_metrics import SCORE_KINDS
 from loading.splits import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
-from runtime.run_folder import BEST, NEWEST, SUMMARY, is_installed
+from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, SUMMARY, is_installed
 from training.evaluate_model import Scored
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def write_evaluation(
     """
     result, analysis = scored.result, scored.analysis
     assert analysis is not None
-    with _folder_aside(run_dir / NEWEST) as folder:
+    with _folder_aside(run_dir / NEWEST_EVAL) as folder:
         images = score_images(result, analysis.score_threshold)
         _write_tables(folder, scored, analysis)
         _write_images(folder / "images.csv", evaluator, images)
@@ -84,8 +84,8 @@ def keep_best(run_dir: Path, kinds: Sequence[str], predictions_dir: Path | None)
         kinds: Kinds of score that have predictions.
         predictions_dir: With ``predictions_<kind>.json`` of the newest evaluation; None keeps none.
     """
-    with _folder_aside(run_dir / BEST) as folder:
-        shutil.copytree(run_dir / NEWEST, folder, dirs_exist_ok=True)
+    with _folder_aside(run_dir / BEST_EVAL) as folder:
+        shutil.copytree(run_dir / NEWEST_EVAL, folder, dirs_exist_ok=True)
         for kind in kinds if predictions_dir is not None else ():
             assert predictions_dir is not None
             shutil.copy2(predictions_dir / f"predictions_{kind}.json", folder)

@@ -18,7 +18,7 @@ from files import write_aside
 from loading.splits import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
-from runtime.run_folder import BEST, NEWEST, is_installed, read_summary
+from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, is_installed, read_summary
 from runtime.trackers import read_metrics
 from training.evaluate_model import Scored
 
@@ -86,8 +86,8 @@ def _title(kind: str) -> str:
 
 def page_content(run_dir: Path) -> dict[str, Any]:
     """Return what the template shows, all of it from files."""
-    newest, best = read_summary(run_dir / NEWEST), read_summary(run_dir / BEST)
-    folder, summary = (run_dir / BEST, best) if best else (run_dir / NEWEST, newest)
+    newest, best = read_summary(run_dir / NEWEST_EVAL), read_summary(run_dir / BEST_EVAL)
+    folder, summary = (run_dir / BEST_EVAL, best) if best else (run_dir / NEWEST_EVAL, newest)
     kinds = [kind for kind in SCORE_KINDS if kind in summary]
     return {
         "title": run_dir.resolve().name,

@@ -18,7 +18,7 @@ LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 MAX_NAMED_CLASSES = 10
 # With more classes a matrix is drawn without its small numbers and without classes that do not occur, and for the
 # `MAX_MATRIX_CLASSES` with the most objects at most; the file has all.
-MAX_NUMBERED_CLASSES = 15
+MAX_WHOLE_MATRIX = 15
 MAX_MATRIX_CLASSES = 50
 
 
@@ -87,7 +87,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
         names: K names.
     """
     num_classes = len(names)
-    occurs = (confusion.sum(axis=1) + confusion.sum(axis=0))[:-1] > 0 if num_classes > MAX_NUMBERED_CLASSES else True
+    occurs = (confusion.sum(axis=1) + confusion.sum(axis=0))[:-1] > 0 if num_classes > MAX_WHOLE_MATRIX else True
     most = np.argsort(-np.where(occurs, 1 + confusion[:-1].sum(axis=1), 0), kind="stable")
     shown = np.r_[
         np.sort(most[: min(int(np.broadcast_to(occurs, num_classes).sum()), MAX_MATRIX_CLASSES)]), num_classes
@@ -104,7 +104,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     axes.set_yticks(range(len(shown)), [*labels, "(no object)"], fontsize=size)
     axes.set(xlabel="detected as (darker: larger share of the row)", ylabel="object")
     # Thousands of numbers would take seconds to draw, and few of them could be read.
-    numbered = zip(*np.nonzero(shares >= 0.02)) if num_classes > MAX_NUMBERED_CLASSES else np.ndindex(*counts.shape)
+    numbered = zip(*np.nonzero(shares >= 0.02)) if num_classes > MAX_WHOLE_MATRIX else np.ndindex(*counts.shape)
     for row, column in numbered:
         if (row, column) != (len(shown) - 1, len(shown) - 1):
             colour = "white" if shares[row, column] > 0.55 else "black"

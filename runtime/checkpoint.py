@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import torch
 
 from files import read_torch_file, sync_to_disk, write_aside
-from utils import all_reduce_max, check_same_everywhere, sha256_of_file, sync_to_disk, write_aside
+from utils import all_reduce_max, check_same_everywhere, sha256_of_file
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from utils import broadcast_json, log_to_file, rank, versions, world_size
 logger = logging.getLogger(__name__)
 
 # Folders of the newest and of the best evaluation's files, below the run's.
-NEWEST, BEST = "eval", "best"
+NEWEST_EVAL, BEST_EVAL = "eval", "best"
 SUMMARY = "summary.json"
 ARGS = "args.json"
 
@@ -95,7 +95,7 @@ class RunFolder:
 
     def best_epoch(self) -> int | None:
         """Return the epoch that ``best/`` and ``weights/best.pth`` are of, the same on all processes."""
-        return broadcast_json(read_summary(self.path / BEST).get("epoch") if self.path and rank() == 0 else None)
+        return broadcast_json(read_summary(self.path / BEST_EVAL).get("epoch") if self.path and rank() == 0 else None)
 
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:
         """Write a checkpoint, see `CheckpointFolder.save`."""
