@@ -343,9 +343,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     check_data_args(parser, args)
     if args.kpt_oks_sigmas and ARCHITECTURES[args.model].task != "keypoint":
         parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
-    if args.rpn_score_thresh is not None and "rcnn" not in args.model:
+    if args.rpn_score_thresh is not None and not ARCHITECTURES[args.model].has_proposals:
         parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
-    if args.model.startswith("ssdlite") and args.batch_size == 1 and not args.test_only:
+    if args.batch_size < ARCHITECTURES[args.model].min_batch_size and not args.test_only:
         parser.error(f"--batch-size 1: {args.model} trains on at least 2, its last maps have one value per channel")
     if args.sync_bn and args.compile:
         parser.error("--sync-bn with --compile: norms that wait for other processes are not compiled; leave one out")

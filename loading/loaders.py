@@ -192,7 +192,7 @@ def build_train_loader(
         rank=distributed.rank,
         world_size=distributed.world_size,
     )
-    if sampler.batch_size == 1 and spec.name.startswith("ssdlite"):
+    if sampler.batch_size < spec.architecture.min_batch_size:
         raise ValueError(
             f"{len(dataset)} training image(s) for {distributed.world_size} process(es) make batches of one; "
             f"{spec.name} needs two, its last maps have one value per channel: start fewer processes or add images"

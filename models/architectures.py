@@ -68,6 +68,11 @@ class Architecture:
         min_size: Short side it is used at.
         max_size: Limit of the long side.
         zero_eps: Whether its published COCO weights need the epsilon 0 in frozen batch norms.
+        has_proposals: Whether it is of the R-CNN family: region proposals first, then RoI heads.
+        has_reduced_tail: Whether its backbone's last stage has half the width unless ImageNet weights fill it, see
+            `ModelSpec.full_tail`.
+        min_batch_size: Images per process and step that training needs: batch norms over maps of one pixel cannot
+            normalise a single image.
     """
 
     backbone: Backbone = RESNET50
@@ -78,23 +83,33 @@ class Architecture:
     min_size: int = 800
     max_size: int = 1333
     zero_eps: bool = False
+    has_proposals: bool = False
+    has_reduced_tail: bool = False
+    min_batch_size: int = 1
 
 
 ARCHITECTURES = {
-    "fasterrcnn_resnet50_fpn": Architecture(zero_eps=True),
-    "fasterrcnn_resnet50_fpn_v2": Architecture(freezes_norm=False),
-    "fasterrcnn_mobilenet_v3_large_fpn": Architecture(MOBILENET_V3_LARGE),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": Architecture(MOBILENET_V3_LARGE, min_size=320, max_size=640),
+    "fasterrcnn_resnet50_fpn": Architecture(zero_eps=True, has_proposals=True),
+    "fasterrcnn_resnet50_fpn_v2": Architecture(freezes_norm=False, has_proposals=True),
+    "fasterrcnn_mobilenet_v3_large_fpn": Architecture(MOBILENET_V3_LARGE, has_proposals=True),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Architecture(
+        MOBILENET_V3_LARGE, min_size=320, max_size=640, has_proposals=True
+    ),
     "fcos_resnet50_fpn": Architecture(),
     "retinanet_resnet50_fpn": Architecture(zero_eps=True),
     "retinanet_resnet50_fpn_v2": Architecture(freezes_norm=False),
     "ssd300_vgg16": Architecture(VGG16, trainable_layers=4, freezes_norm=False, fixed_size=(300, 300)),
     "ssdlite320_mobilenet_v3_large": Architecture(
-        MOBILENET_V3_LARGE, trainable_layers=6, freezes_norm=False, fixed_size=(320, 320)
+        MOBILENET_V3_LARGE,
+        trainable_layers=6,
+        freezes_norm=False,
+        fixed_size=(320, 320),
+        has_reduced_tail=True,
+        min_batch_size=2,
     ),
-    "maskrcnn_resnet50_fpn": Architecture(task="mask", zero_eps=True),
-    "maskrcnn_resnet50_fpn_v2": Architecture(task="mask", freezes_norm=False),
-    "keypointrcnn_resnet50_fpn": Architecture(task="keypoint", zero_eps=True),
+    "maskrcnn_resnet50_fpn": Architecture(task="mask", zero_eps=True, has_proposals=True),
+    "maskrcnn_resnet50_fpn_v2": Architecture(task="mask", freezes_norm=False, has_proposals=True),
+    "keypointrcnn_resnet50_fpn": Architecture(task="keypoint", zero_eps=True, has_proposals=True),
 }
 
 IOU_TYPES = {"box": ("bbox",), "mask": ("bbox", "segm"), "keypoint": ("bbox", "keypoints")}
@@ -168,11 +183,12 @@ def build_model(spec: ModelSpec) -> nn.Module:
         options["_skip_resize"] = spec.skip_resize
     if architecture.task == "keypoint":
         options["num_keypoints"] = spec.num_keypoints
-    is_rcnn = "rcnn" in spec.name
-    if is_rcnn and spec.rpn_score_thresh is not None:
+    if architecture.has_proposals and spec.rpn_score_thresh is not None:
         options["rpn_score_thresh"] = spec.rpn_score_thresh
     if spec.detections_per_img is not None:
-        options["box_detections_per_img" if is_rcnn else "detections_per_img"] = spec.detections_per_img
+        options["box_detections_per_img" if architecture.has_proposals else "detections_per_img"] = (
+            spec.detections_per_img
+        )
 
     if spec.full_tail:
         model = _build_ssdlite_with_full_tail(spec.num_classes, options)
@@ -183,7 +199,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.frozen_norm:
         _freeze_batch_norms(model.get_submodule("backbone"), spec.frozen_norm_eps)
     _freeze_stages(model, architecture.backbone, spec.trainable_layers)
-    if is_rcnn and not next(model.parameters()).is_meta:
+    if architecture.has_proposals and not next(model.parameters()).is_meta:
         _settle_pooling_scales(model)
     return model
 

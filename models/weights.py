@@ -103,7 +103,7 @@ def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model:
     return {
         "frozen_norm": frozen_norm,
         "frozen_norm_eps": 0.0 if frozen_norm and architecture.zero_eps and _is_published(source, model) else 1e-5,
-        "full_tail": _has_full_tail(state) if model.startswith("ssdlite") else False,
+        "full_tail": architecture.has_reduced_tail and _has_full_tail(state),
     }
 
 
@@ -203,7 +203,7 @@ def build_start_model(
         load_model_weights(model, state, source, spec)
         return model, spec
     assert weights_backbone is not None
-    spec = replace(spec, full_tail=spec.name.startswith("ssdlite"))
+    spec = replace(spec, full_tail=architecture.has_reduced_tail)
     model = build_model(spec)
     load_backbone(model, architecture.backbone, find_backbone_weights(weights_backbone, spec.name))
     return model, spec
