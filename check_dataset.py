@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import add_data_flags, add_model_choice, check_data_args, data_source, keeps_negatives, wanted_spec
+from flag_checks import check_data_args
+from flags import add_data_flags, add_model_choice, data_source, keeps_negatives, wanted_spec
 from inspection.diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
 from inspection.observations import (
     Observation,

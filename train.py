@@ -28,15 +28,8 @@ from torch import nn
 
 from coco_eval import CocoEvaluator
 from engine import train_one_epoch
-from flags import (
-    check_args,
-    data_source,
-    get_args_parser,
-    keeps_negatives,
-    log_ineffective_flags,
-    take_model_from_checkpoint,
-    wanted_spec,
-)
+from flag_checks import check_args, log_ineffective_flags
+from flags import data_source, get_args_parser, keeps_negatives, take_model_from_checkpoint, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
 from loading.splits import Data, load_data

@@ -9,6 +9,7 @@ import pytest
 import check_dataset
 import compare
 import export
+import flag_checks
 import flags
 import predict
 import score
@@ -94,7 +95,7 @@ def test_a_flag_without_effect_is_not_in_the_help_and_says_so_when_given(flag, c
     caplog.set_level(logging.INFO)
     parser = flags.get_args_parser()
     assert flag not in parser.format_help()
-    flags.log_ineffective_flags(parser.parse_args([]))
+    flag_checks.log_ineffective_flags(parser.parse_args([]))
     assert not caplog.records
-    flags.log_ineffective_flags(parser.parse_args([flag, *HIDDEN[flag]]))
+    flag_checks.log_ineffective_flags(parser.parse_args([flag, *HIDDEN[flag]]))
     assert flag in caplog.text and re.search("no effect|change nothing", caplog.text)

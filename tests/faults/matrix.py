@@ -404,7 +404,7 @@ def result_of(job):
     from training.verify_resume import hash_state
 
     lines = [json.loads(line) for line in (job.out / "metrics.jsonl").read_text().splitlines()]
-    return hash_state(load_checkpoint(newest(job))["model"]), [(line["epoch"], line["bbox"]) for line in lines]
+    return hash_state(load_checkpoint(newest(job))["model"]), [(line["epoch"], line.get("bbox")) for line in lines]
 
 
 def run_without_faults(folder, flags):

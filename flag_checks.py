@@ -1,0 +1,125 @@
+"""What flags rule out among each other: the checks that need no data, before any process group."""
+
+import argparse
+import logging
+import math
+
+from evaluation.coco_metrics import SCORE_KINDS
+from models.architectures import ARCHITECTURES, IOU_TYPES
+from models.weights import find_backbone_weights, find_model_weights
+from presets import PRESETS
+from utils import choose_device
+
+logger = logging.getLogger(__name__)
+
+_PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line on stderr and exit code 2 where flags contradict each other or name what does not exist."""
+    for name in ("epochs", "print_freq", "eval_batch_size", "accumulate"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.lr < math.inf:
+        parser.error(f"--lr {args.lr}: must be positive")
+    layers = args.trainable_backbone_layers
+    num_stages = len(ARCHITECTURES[args.model].backbone.stages)
+    if layers is not None and not 0 <= layers <= num_stages:
+        parser.error(f"--trainable-backbone-layers {layers}: expected 0 to {num_stages}")
+    if args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch}: nothing is left of {args.epochs} epochs")
+    if args.dry_run and args.test_only:
+        parser.error("--dry-run plans a training: it does not go with --test-only")
+    if args.verify_resume is not None and args.verify_resume < 2:
+        parser.error(f"--verify-resume {args.verify_resume}: must be at least 2")
+    if args.verify_resume and (args.test_only or args.resume == "auto"):
+        parser.error("--verify-resume trains: it goes with --resume FILE or without, not with --test-only or auto")
+    for name in ("warmup_iters", "max_dets", "clip_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and value < (0 if name == "warmup_iters" else 1e-12):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be positive")
+    check_data_args(parser, args)
+    if args.kpt_oks_sigmas and ARCHITECTURES[args.model].task != "keypoint":
+        parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
+    if args.rpn_score_thresh is not None and not ARCHITECTURES[args.model].has_proposals:
+        parser.error(f"--rpn-score-thresh: {args.model} has no region proposals")
+    if args.batch_size < ARCHITECTURES[args.model].min_batch_size and not args.test_only:
+        parser.error(f"--batch-size 1: {args.model} trains on at least 2, its last maps have one value per channel")
+    if args.sync_bn and args.compile:
+        parser.error("--sync-bn with --compile: norms that wait for other processes are not compiled; leave one out")
+    if args.ema is not None and not 0 < args.ema < 1:
+        parser.error(f"--ema {args.ema}: expected a decay between 0 and 1, such as 0.9998")
+    if args.best_metric is None:
+        args.best_metric = f"{IOU_TYPES[ARCHITECTURES[args.model].task][-1]}/AP"
+    known = metric_names(ARCHITECTURES[args.model].task)
+    if args.best_metric not in known:
+        parser.error(f"--best-metric {args.best_metric}: expected one of {', '.join(known)}")
+    if args.test_only and not (args.resume or args.weights):
+        parser.error("--test-only needs a model: --resume CHECKPOINT or --weights NAME")
+    try:
+        choose_device(args.device)
+        if args.weights:
+            find_model_weights(args.weights, args.model)
+        if args.weights_backbone:
+            find_backbone_weights(args.weights_backbone, args.model)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Do what `check_args` does for the flags of `add_data_flags` and `add_model_choice`."""
+    architecture = ARCHITECTURES[args.model]
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: must not be negative")
+    for name in ("min_size", "max_size"):
+        sides = getattr(args, name) or ()
+        for side in sides if isinstance(sides, (list, tuple)) else [sides]:
+            if side < 1:
+                parser.error(f"--{name.replace('_', '-')} {side}: must be positive")
+    given = [f"--{name.replace('_', '-')}" for name in _PATH_FLAGS if getattr(args, name)]
+    if given and args.dataset not in ("coco", "coco_kp"):
+        parser.error(f"{given[0]}: files of their own go with --dataset coco or coco_kp, not {args.dataset}")
+    if args.dataset == "coco" and architecture.task == "keypoint":
+        parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")
+    if architecture.fixed_size is not None and (args.min_size or args.max_size):
+        parser.error(f"--min-size and --max-size: {args.model} always resizes to {architecture.fixed_size}")
+    if architecture.fixed_size is not None and PRESETS[args.data_augmentation].resizes:
+        parser.error(
+            f"--data-augmentation {args.data_augmentation}: {args.model} always resizes; use ssd, ssdlite or hflip"
+        )
+    if args.use_copypaste and args.data_augmentation != "lsj":
+        parser.error("--use-copypaste needs --data-augmentation lsj")
+    if args.use_copypaste and architecture.task != "mask":
+        parser.error(f"--use-copypaste pastes masks, which {args.model} does not learn; use a mask model")
+    if (args.train_images and not args.train_annotations) or (args.val_images and not args.val_annotations):
+        parser.error("--train-images and --val-images need --train-annotations and --val-annotations")
+
+
+def metric_names(task: str) -> list[str]:
+    """Return what ``--best-metric`` may be for models of a task."""
+    return [f"{kind}/{line[0]}" for kind in IOU_TYPES[task] for line in SCORE_KINDS[kind].summary]
+
+
+def log_ineffective_flags(args: argparse.Namespace) -> None:
+    """Say which given flags change nothing."""
+    if args.use_v2 or args.backend != "pil":
+        logger.info(
+            "--use-v2 and --backend change nothing: there is one pipeline, torchvision's transforms v2 on tensors"
+        )
+    if args.world_size != 1:
+        logger.warning("--world-size has no effect: torchrun and SLURM say how many processes there are")
+    if args.lr_step_size != 8:
+        logger.warning("--lr-step-size has no effect, as in torchvision's scripts; use --lr-steps")
+    if args.amp_dtype != "auto" and not args.amp:
+        logger.warning("--amp-dtype has no effect without --amp")
+    if args.lr_scheduler != "multisteplr" and args.lr_steps != [16, 22]:
+        logger.warning("--lr-steps has no effect with --lr-scheduler %s", args.lr_scheduler)
+    if args.early_stop and not args.eval_every:
+        logger.warning("--early-stop has no effect without evaluations (--eval-every 0)")
+    if args.weights and args.weights_backbone:
+        logger.warning("--weights-backbone has no effect: --weights is for the whole model")
