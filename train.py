@@ -42,6 +42,7 @@ from models.acceleration import (
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec
+from models.box_precision import keep_boxes_float32
 from models.weights import build_start_model
 from optimization.optimizer import build_optimizer
 from optimization.precision import choose_amp
@@ -232,6 +233,8 @@ def start_model(
     model.to(distributed.device)
     if args.channels_last:
         use_channels_last(model)
+    if args.amp:
+        keep_boxes_float32(model)
     # Trying out convolution algorithms pays where all batches have one shape, and costs where they do not.
     torch.backends.cudnn.benchmark = spec.architecture.fixed_size is not None and not (
         args.test_only or args.use_deterministic_algorithms
