@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
                 data.train, keep_negatives=keeps_negatives(args), needs_keypoints=task == "keypoint"
             )
             images["train"] = np.intersect1d(images["train"], kept)
-        seen, facts = look_at_objects(data, wanted_spec(args, data), images, writes_corners=source.dataset == "custom")
+        seen, facts = look_at_objects(data, wanted_spec(args, data), images, writes_corners=source.kind.has_own_json)
         warnings += seen
         facts["notes"] = notes
 

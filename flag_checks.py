@@ -5,6 +5,7 @@ import logging
 import math
 
 from evaluation.coco_metrics import SCORE_KINDS
+from loading.splits import DATASETS
 from models.architectures import ARCHITECTURES, IOU_TYPES
 from models.weights import find_backbone_weights, find_model_weights
 from presets import PRESETS
@@ -82,7 +83,7 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if side < 1:
                 parser.error(f"--{name.replace('_', '-')} {side}: must be positive")
     given = [f"--{name.replace('_', '-')}" for name in _PATH_FLAGS if getattr(args, name)]
-    if given and args.dataset not in ("coco", "coco_kp"):
+    if given and not DATASETS[args.dataset].has_coco_files:
         parser.error(f"{given[0]}: files of their own go with --dataset coco or coco_kp, not {args.dataset}")
     if args.dataset == "coco" and architecture.task == "keypoint":
         parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")

@@ -312,7 +312,7 @@ def take_model_from_checkpoint(args: argparse.Namespace) -> None:
 
 def data_source(args: argparse.Namespace) -> Source:
     """Return which data the flags name."""
-    is_default = args.dataset == "custom" and args.data_path == DEFAULT_DATA_PATH
+    is_default = DATASETS[args.dataset].has_own_json and args.data_path == DEFAULT_DATA_PATH
     paths = {"train": (args.train_images, args.train_annotations), "val": (args.val_images, args.val_annotations)}
     return Source(
         args.dataset,
@@ -341,4 +341,4 @@ def wanted_spec(args: argparse.Namespace, data: Data) -> ModelSpec:
 
 def keeps_negatives(args: argparse.Namespace) -> bool:
     """Return whether images without objects are trained on."""
-    return args.dataset in ("custom", "shapes") if args.keep_negatives is None else args.keep_negatives
+    return DATASETS[args.dataset].keeps_negatives if args.keep_negatives is None else args.keep_negatives

@@ -143,7 +143,7 @@ def check_pictures(split: Split, trial: Trial, source: Source, workers: int | No
     if not isinstance(split.images, ImageFolder):
         return split.indices
     # Only folders leave a broken picture out when asked to; elsewhere training stops at it.
-    findings = Findings(source.on_bad_data if source.dataset == "custom" else "error")
+    findings = Findings(source.on_bad_data if source.kind.has_own_json else "error")
     check_files(split.annotations, split.images.root, findings)
     present = np.setdiff1d(np.arange(len(split.annotations)), sorted(findings.dropped_images))
     check_decoding(

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from loading.samples import ImageFolder, ImageSource
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 
 logger = logging.getLogger(__name__)
-
-DATASETS = ("coco", "coco_kp", "custom", "shapes")
 
 # COCO's 80 classes by their ids 1 to 90; the ten gaps are called N/A.
 COCO_NAMES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
@@ -193,12 +191,46 @@ class Source:
             "needs_masks": needs_masks,
             "cache_dir": self.cache_dir,
         }
-        if self.dataset == "shapes":
-            return load_shapes_split(role)
-        if self.dataset == "custom":
-            return load_custom_split(self.root, role, classes=classes, **options)
-        paths = find_coco_paths(self.root, role, self.dataset, *self.paths.get(role, (None, None)))
-        return load_coco_split(paths, **options)
+        return self.kind.load(self, role, classes, options)
+
+    @property
+    def kind(self) -> "DatasetKind":
+        """What ``--dataset`` says of the files."""
+        return DATASETS[self.dataset]
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """What one value of ``--dataset`` means.
+
+    Attributes:
+        load: Reads a split from the source, the role, the class names and the options of `Source.load`.
+        has_coco_files: Whether a split is one annotation file and a folder of images, which flags may name.
+        has_own_json: Whether every image has a json of its own, with boxes as corners.
+        keeps_negatives: Whether images without objects are trained on unless ``--no-keep-negatives``.
+    """
+
+    load: Callable[[Source, str, Sequence[str], dict[str, Any]], Split]
+    has_coco_files: bool = False
+    has_own_json: bool = False
+    keeps_negatives: bool = False
+
+
+def _load_coco(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:
+    paths = find_coco_paths(source.root, role, source.dataset, *source.paths.get(role, (None, None)))
+    return load_coco_split(paths, **options)
+
+
+def _load_custom(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:
+    return load_custom_split(source.root, role, classes=classes, **options)
+
+
+DATASETS = {
+    "coco": DatasetKind(_load_coco, has_coco_files=True),
+    "coco_kp": DatasetKind(_load_coco, has_coco_files=True),
+    "custom": DatasetKind(_load_custom, has_own_json=True, keeps_negatives=True),
+    "shapes": DatasetKind(lambda source, role, classes, options: load_shapes_split(role), keeps_negatives=True),
+}
 
 
 @dataclass(frozen=True)
