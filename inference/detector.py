@@ -164,8 +164,8 @@ class Prediction:
     detections: Detections
 
 
-def form_batches(paths: Sequence[Path], batch_size: int) -> tuple[list[list[int]], list[BadFile]]:
-    """Read all headers and return (positions of each batch, files without a readable header).
+def reject_or_batch(paths: Sequence[Path], batch_size: int) -> tuple[list[list[int]], list[BadFile]]:
+    """Reject files that are no readable pictures and batch the others: (positions of each batch, rejected files).
 
     A batch has ``batch_size`` pictures, or fewer where they have more than `MAX_BATCH_PIXELS` together.
     """
@@ -209,7 +209,7 @@ def predict_files(
         batch_size: Pictures per batch, at most.
         workers: Loading processes.
     """
-    batches, bad = form_batches(paths, batch_size)
+    batches, bad = reject_or_batch(paths, batch_size)
     if bad:
         yield list(bad)
     loader = DataLoader(

@@ -14,7 +14,7 @@ import predict
 from evaluation.results_files import read_results
 from helpers.runs import run_train
 from helpers.shaken import shaken_checkpoint
-from inference.detector import MAX_BATCH_PIXELS, find_images, form_batches, load_detector, predict_files
+from inference.detector import MAX_BATCH_PIXELS, find_images, load_detector, predict_files, reject_or_batch
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from pixels.images import read_image
 from runtime.checkpoint import load_checkpoint
@@ -208,7 +208,7 @@ def test_large_pictures_come_in_smaller_batches(tmp_path):
     side = int(MAX_BATCH_PIXELS**0.5) + 1
     for n, size in enumerate([(8, 8), (8, 8), (side, side), (8, 8)]):
         Image.new("L", size).save(tmp_path / f"{n}.png")
-    batches, bad = form_batches(sorted(tmp_path.glob("*.png")), 3)
+    batches, bad = reject_or_batch(sorted(tmp_path.glob("*.png")), 3)
     assert batches == [[0, 1], [2], [3]] and not bad
 
 
