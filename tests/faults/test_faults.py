@@ -1,6 +1,7 @@
 """A few faults of the matrix in tests/faults/matrix.py, for every test run."""
 
 import random
+import signal
 import sys
 
 import pytest
@@ -33,19 +34,23 @@ def test_no_kill_inside_a_checkpoint_write_loses_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_another_number_of_processes_loses_and_repeats_no_sample(tmp_path, before, after):
+def test_another_number_of_processes_loses_and_repeats_no_sample(tmp_path):
+    """One epoch on two processes, then on one, then on three: fewer, and more."""
     data = draw_coco(tmp_path / "coco", num_images=NUM_IMAGES)
     flags = [*flags_for(MODELS[0], data), "--epochs", "1", "--eval-every", "0"]
-    import signal
-
-    first = start(tmp_path / "first", tmp_path / "out", flags, processes=before)
-    assert first.wait_for(lambda: len(first.steps()) >= 2)
-    first.processes[0].send_signal(signal.SIGTERM)
-    assert first.end() == [0] * before
-    second = start(tmp_path / "second", tmp_path / "out", flags, processes=after)
-    assert second.end(300) == [0] * after, second.log()
-    assert f"processes {before}, now {after}" in second.log() and "no sample is lost or repeated" in second.log()
-    batches = {tuple(e["ids"]) for job in (first, second) for e in job.events("step")}
+    jobs, numbers = [], (2, 1, 3)
+    for processes in numbers:
+        job = start(tmp_path / str(processes), tmp_path / "out", flags, processes=processes)
+        if processes != numbers[-1]:
+            assert job.wait_for(lambda job=job: len(job.steps()) >= 2)
+            job.processes[0].send_signal(signal.SIGTERM)
+        assert job.end(300) == [0] * processes, job.log()
+        if jobs:
+            before = numbers[len(jobs) - 1]
+            assert f"processes {before}, now {processes}" in job.log()
+            assert "no sample is lost or repeated" in job.log()
+        jobs.append(job)
+    batches = {tuple(e["ids"]) for job in jobs for e in job.events("step")}
+    assert all(job.events("step") for job in jobs)
     ids = [i for batch in batches for i in batch]
     assert len(ids) == len(set(ids)) == NUM_IMAGES

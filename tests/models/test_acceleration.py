@@ -85,7 +85,7 @@ def test_channels_last_weights_give_the_same_features(detector):
 
 
 def _warnings_of_a_channels_last_step(rank, world_size):
-    """Return what a step of SSDlite warns of; DDP says a thing once per process."""
+    """Return what a step of SSDlite warns of; DDP says a thing once per process, and this process is new."""
     model = build_model(ModelSpec("ssdlite320_mobilenet_v3_large", 4)).train()
     use_channels_last(model)
     model = distribute(model, CPU)
@@ -129,14 +129,15 @@ def _train_in_ddp(rank, world_size, names):
         torch.manual_seed(0)
         model = build_model(spec).train()
         if hasattr(model, "roi_heads"):
-            model.roi_heads.fg_bg_sampler.batch_size_per_image = 32  # for the time
+            model.roi_heads.fg_bg_sampler.batch_size_per_image = 8  # for the time
         for variant in ("static", "plain") if name in LIGHT else ("static",):
             bare = copy.deepcopy(model)
             wrapped = distribute(bare, CPU) if variant == "static" else DistributedDataParallel(bare)
             optimizer = torch.optim.SGD(bare.parameters(), lr=1e-3)
             for step, empty_on in enumerate([[], [1], [0, 1]]):
                 torch.manual_seed(10 * step + rank)
-                losses = wrapped(list(torch.rand(2, 3, 80, 80)), [_targets(spec, rank in empty_on) for _ in range(2)])
+                count = 2 if name.startswith("ssdlite") else 1  # its norms see one pixel
+                losses = wrapped(list(torch.rand(count, 3, 80, 80)), [_targets(spec, rank in empty_on)] * count)
                 sum(losses.values()).backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -278,8 +278,12 @@ def test_an_evaluation_that_was_interrupted_is_made_up(drawn_coco, tmp_path, mon
     from training import evaluate_model
 
     out, flags = tmp_path / "out", ["--batch-size", "3"]
+
+    def interrupted(*args, stop, **kwargs):
+        stop.signal_name = "SIGTERM"
+
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_model, "evaluate", lambda *args, **kwargs: None)
+        patch.setattr(evaluate_model, "evaluate", interrupted)
         train_once(drawn_coco, out, *flags)
     assert not (out / "metrics.jsonl").exists()
     train_once(drawn_coco, out, *flags, "--resume", "auto")
