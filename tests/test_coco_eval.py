@@ -45,6 +45,7 @@ def stats_of(result, iou_type):
     return [-1 if value is None else value for value in result.metrics[iou_type].values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
 def test_every_cell_equals_pycocotools_on_random_cases(iou_type):
     different = 0
@@ -119,6 +120,7 @@ def _on_ranks(rank, world_size, seeds):
     return different, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_give_the_same_cells_and_all_get_the_metrics(world_size):
     results = run_on_ranks(world_size, _on_ranks, list(range(40)))

@@ -265,6 +265,7 @@ def run(root, *flags, model="keypointrcnn_resnet50_fpn", batch=2):
     return train.run([str(flag) for flag in (*common, *size, *flags)])
 
 
+@pytest.mark.slow
 def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, capsys):
     root = draw_folder(tmp_path / "custom", num_keypoints=0)
     assert run(root, model="fasterrcnn_mobilenet_v3_large_fpn") == 0
@@ -272,6 +273,7 @@ def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, caps
     assert (root / "result" / "weights" / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_polygons_train_mask_rcnn(tmp_path):
     root = draw_folder(tmp_path / "custom", num_keypoints=0, polygons=True)
     assert run(root, model="maskrcnn_resnet50_fpn") == 0
@@ -284,6 +286,7 @@ def test_without_polygons_mask_rcnn_says_so(tmp_path, capsys):
     assert "no segmentation, but the model learns masks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_three_classes_are_reported_by_name(tmp_path):
     root = draw_folder(tmp_path / "custom", classes=["cat", "dog", "owl"], info={"classes": ["cat", "dog", "owl"]})
     assert run(root, model="ssdlite320_mobilenet_v3_large") == 0

@@ -258,6 +258,7 @@ def _train_rank(rank, world_size, mode):
     return None, model.layer.weight.tolist(), vars(progress)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch():
     ranks = run_on_ranks(2, _train_rank, "plain")
     assert ranks[0][1] == ranks[1][1]
@@ -275,6 +276,7 @@ def test_two_processes_equal_one_with_twice_the_batch():
     assert torch.allclose(plain.layer.weight, torch.tensor(ranks[0][1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_together_on_a_bad_loss_of_one():
     ranks = run_on_ranks(2, _train_rank, "nan")
     assert ranks[0][1] == ranks[1][1] and ranks[0][2] == ranks[1][2]
@@ -283,6 +285,7 @@ def test_all_ranks_stop_together_on_a_bad_loss_of_one():
     assert sum("on another process" in error for error in errors) == 1
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_together_when_one_is_asked():
     ranks = run_on_ranks(2, _train_rank, "stop")
     assert ranks[0][1:] == ranks[1][1:]

@@ -80,6 +80,7 @@ def test_only_the_end_of_a_list_may_lack_a_partner():
             compare_outputs(detections(), {n: v[cut] for n, v in detections().items()}, Agreement(), "a.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_format", ["onnx", "torchscript"])
 def test_the_exported_file_runs_elsewhere_and_knows_its_classes(to_format, checkpoint, tmp_path):
     output = tmp_path / "model.bin"
@@ -109,6 +110,7 @@ def test_the_exported_file_runs_elsewhere_and_knows_its_classes(to_format, check
     assert export.run(flags) == 1 and output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_file_that_disagrees_is_not_left_behind(checkpoint, tmp_path, monkeypatch, capfd):
     honest = export.run_torchscript
 
@@ -122,6 +124,7 @@ def test_a_file_that_disagrees_is_not_left_behind(checkpoint, tmp_path, monkeypa
     assert "no partner" in capfd.readouterr().err and list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch, capfd, checkpoint):
     content = load_checkpoint(checkpoint)
     for key in content["model"]:

@@ -61,6 +61,7 @@ def directly(checkpoint, path):
         return model.eval()([image])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path):
     source = photos if name == MODELS[0] else photos / "0.png"
@@ -94,6 +95,7 @@ def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path):
             assert (change.max() > 60) == bool(found)
 
 
+@pytest.mark.slow
 def test_every_detection_has_its_keypoints(checkpoints, photos):
     """More of one class than the twenty that a COCO score reads."""
     detector = load_detector(checkpoints["keypointrcnn_resnet50_fpn"])
@@ -232,6 +234,7 @@ def test_user_errors_are_one_line(photos, tmp_path, capfd):
     assert error.startswith("predict.py: error:") and "no such checkpoint" in error
 
 
+@pytest.mark.slow
 def test_as_a_command_with_loading_processes(checkpoints, photos, tmp_path):
     done = run_train(
         photos, "--checkpoint", checkpoints[MODELS[0]], "--output-dir", tmp_path / "out", "--device", "cpu",

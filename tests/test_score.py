@@ -97,6 +97,7 @@ def _write_shard(rank, world_size, folder, seed):
     writer.close()
 
 
+@pytest.mark.slow
 def test_the_file_is_the_same_at_any_number_of_processes(tmp_path):
     files = []
     for processes in (1, 2, 3):

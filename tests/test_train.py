@@ -112,6 +112,7 @@ def test_only_one_log_line_says_that_old_flags_change_nothing(drawn_coco, capsys
     assert capsys.readouterr().out.count("--use-v2 and --backend change nothing") == 1
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_coco, tmp_path):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "4")
@@ -131,6 +132,7 @@ def test_a_run_leaves_checkpoints_and_metrics_and_test_only_repeats_them(drawn_c
     assert not (again / "weights").exists()
 
 
+@pytest.mark.slow
 def test_the_model_entry_loads_into_torchvisions_builder(drawn_coco, tmp_path):
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
@@ -141,6 +143,7 @@ def test_the_model_entry_loads_into_torchvisions_builder(drawn_coco, tmp_path):
     assert content["dataset"]["label_names"][:3] == ["person", "bicycle", "car"]  # COCO's own, with its 91 labels
 
 
+@pytest.mark.slow
 def test_resuming_takes_up_epoch_optimizer_and_rate(drawn_coco, tmp_path):
     flags = ["--batch-size", "3", "--lr-steps", "1", "--epochs", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -153,6 +156,7 @@ def test_resuming_takes_up_epoch_optimizer_and_rate(drawn_coco, tmp_path):
     assert [line["bbox"] for line in lines(whole)] == [line["bbox"] for line in lines(parts)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_follows_its_own_flags_or_is_refused(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "3", "--early-stop", "1", "--eval-every", "1")
@@ -172,6 +176,7 @@ def test_a_resumed_run_follows_its_own_flags_or_is_refused(drawn_coco, tmp_path,
     assert run(*common, "--batch-size", "24", "--sync-bn", "--epochs", "1", "--dry-run") == 0  # one process: no effect
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_does_not_go_on(drawn_coco, tmp_path, capsys):
     flags = ["--batch-size", "3", "--lr", "0", "--early-stop", "1", "--epochs", "9", "--resume", "auto"]
     for _ in range(2):
@@ -180,6 +185,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(drawn_coco, tmp_path, capsy
         assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "3", "--resume", "auto")
@@ -189,6 +195,7 @@ def test_resume_auto_finds_the_newest_or_starts_anew(drawn_coco, tmp_path, capsy
     assert [line["epoch"] for line in lines(out)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_checkpoints_inside_an_epoch_come_by_updates_or_by_the_clock(drawn_coco, tmp_path, monkeypatch):
     from runtime.checkpoint import CheckpointFolder
 
@@ -205,12 +212,14 @@ def test_checkpoints_inside_an_epoch_come_by_updates_or_by_the_clock(drawn_coco,
         assert [batches for batches in saved if batches] == expected
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_folder_of_another_says_so(drawn_coco, tmp_path, capsys):
     for count in range(2):
         train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--eval-every", "0")
         assert ("holds another run" in capsys.readouterr().out) == bool(count)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "3")
@@ -236,6 +245,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_values(drawn_coco, t
     assert "num_classes is 91, flags and data ask for 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_ends_with_code_3(drawn_coco, tmp_path, capsys):
     flags = [
         *QUICK,
@@ -251,6 +261,7 @@ def test_a_non_finite_loss_ends_with_code_3(drawn_coco, tmp_path, capsys):
     assert "loss not finite" in out and "image ids" in out and "lower --lr" in out
 
 
+@pytest.mark.slow
 def test_fewer_images_than_a_batch_and_empty_images_train(tmp_path):
     root = draw_coco(tmp_path / "coco", num_images=3)
     path = root / "annotations" / "instances_train2017.json"
@@ -260,6 +271,7 @@ def test_fewer_images_than_a_batch_and_empty_images_train(tmp_path):
     train_once(root, tmp_path / "out", "--batch-size", "8", "--keep-negatives")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["hflip", "lsj", "multiscale", "ssd", "ssdlite"])
 def test_all_presets_train_a_keypoint_model(tmp_path, preset):
     root = draw_coco(tmp_path / "kp", num_images=3, num_keypoints=17)
@@ -270,11 +282,13 @@ def test_all_presets_train_a_keypoint_model(tmp_path, preset):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_copy_paste_trains_a_mask_model(drawn_coco):
     flags = ["--data-augmentation", "lsj", "--use-copypaste", "--output-dir", "", "--eval-every", "0"]
     assert run(*QUICK, *SMALL, "--data-path", drawn_coco, "--batch-size", "3", *flags) == 0
 
 
+@pytest.mark.slow
 def test_options_of_the_step_work_together(drawn_coco, tmp_path):
     flags = ["--amp", "--amp-dtype", "bfloat16", "--accumulate", "2", "--clip-grad-norm", "1", "--scale-lr"]
     flags += ["--opt", "adamw", "--norm-weight-decay", "0", "--eval-batch-size", "2", "--max-dets", "20"]
@@ -284,6 +298,7 @@ def test_options_of_the_step_work_together(drawn_coco, tmp_path):
     assert line["settings"]["max_dets_bbox"] == [1, 10, 20]
 
 
+@pytest.mark.slow
 def test_coco_files_of_other_tools(tmp_path):
     """The layout that annotation tools export, categories of its own, and explicit paths."""
     root = draw_coco(tmp_path / "coco")
@@ -348,6 +363,7 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
     assert figures[1, 1][0]["AR"] is not None
 
 
+@pytest.mark.slow
 def test_predictions_of_a_run_score_to_the_runs_own_figures(drawn_coco, tmp_path):
     """The results file of a run, scored by score.py without the model, gives the figures of its log, difference 0."""
     import score
@@ -365,6 +381,7 @@ def test_predictions_of_a_run_score_to_the_runs_own_figures(drawn_coco, tmp_path
     assert content["metrics"]["settings"]["num_images"] == 6 and "score_threshold" in content["metrics"]
 
 
+@pytest.mark.slow
 def test_predictions_can_be_left_out(drawn_coco, tmp_path):
     train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--no-save-predictions")
     assert not list((tmp_path / "out").glob("predictions*"))

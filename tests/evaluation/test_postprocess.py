@@ -63,6 +63,7 @@ def shake(model):
     return model.eval()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_mask_rcnn_scores_the_same_on_blocks():
     torch.manual_seed(0)
@@ -100,6 +101,7 @@ def keypoint_truth(outputs, num_keypoints=5):
     return {"images": image_list, "annotations": objects, "categories": categories}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_keypoint_rcnn_scores_the_same_with_the_head_on_the_best_twenty():
     torch.manual_seed(0)

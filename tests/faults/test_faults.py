@@ -27,6 +27,7 @@ def test_a_run_that_meets_faults_ends_like_one_that_meets_none(tmp_path):
     assert all(o.exact and not o.lost and not o.hang for o in outcomes)
 
 
+@pytest.mark.slow
 def test_no_kill_inside_a_checkpoint_write_loses_it():
     results = count_torn_writes(15, seed=1)
     assert results["this suite"] == (15, 0)

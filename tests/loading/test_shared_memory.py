@@ -58,6 +58,7 @@ def is_in_slots(tensor, slots):
     return 0 <= tensor.data_ptr() - slots.memory.data_ptr() < slots.memory.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_batches_arrive_whole_from_forked_and_spawned_workers(method):
     slots = SharedSlots(2, 4, slot_bytes=1 << 16)

@@ -51,6 +51,7 @@ def detector():
     return Detector().train()
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_gives_the_same_and_leaves_no_trace(detector, caplog):
     caplog.set_level(logging.INFO)
     before = copy.deepcopy(detector.state_dict())
@@ -96,6 +97,7 @@ def _warnings_of_a_channels_last_step(rank, world_size):
     return [str(warning.message) for warning in caught if "stride" in str(warning.message)]
 
 
+@pytest.mark.slow
 def test_channels_last_depthwise_weights_give_no_warning_of_strides():
     assert run_on_ranks(1, _warnings_of_a_channels_last_step) == [[]]
 
@@ -161,6 +163,7 @@ def _share_buffers(rank, world_size):
     return norm.running_mean.tolist()
 
 
+@pytest.mark.slow
 def test_all_processes_evaluate_with_the_first_ones_statistics():
     assert run_on_ranks(2, _share_buffers) == [[1.0, 1.0], [1.0, 1.0]]
 

@@ -92,6 +92,7 @@ def test_a_model_on_a_pretrained_backbone_equals_the_builders(hub, name, layers)
         assert p.requires_grad == q.requires_grad, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "fcos_resnet50_fpn"])
 def test_published_weights_give_the_builders_model(hub, name):
     entry = get_model_weights(name)["COCO_V1"]
@@ -154,6 +155,7 @@ def test_all_models_train_on_negatives_alone(name):
     assert unused == []  # DDP needs every parameter to take part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "ssd300_vgg16", "fcos_resnet50_fpn"]
 )
@@ -243,6 +245,7 @@ def test_the_iou_types_follow_the_task():
     assert spec_for("ssd300_vgg16").iou_types == ("bbox",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strides"),
     [

@@ -114,6 +114,7 @@ def test_stale_temporary_files_are_swept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path, caplog):
     """A file-size limit stands in for the full disk: the write fails in the middle of the file."""
     script = f"""
@@ -213,6 +214,7 @@ def test_a_missing_file_gets_a_hint(tmp_path):
         load_checkpoint(tmp_path / NEWEST)
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_writer(tmp_path):
     lock = lock_folder(tmp_path)
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.checkpoint import *; lock_folder(Path({str(tmp_path)!r}))"

@@ -60,6 +60,7 @@ def test_attempts_in_one_store_never_share_a_name():
     assert len(set(names)) == 5
 
 
+@pytest.mark.slow
 def test_the_limit_of_open_files_is_raised():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048)); from runtime import machine; "
@@ -104,6 +105,7 @@ def tracked(on_step):
     return lambda *args, trackers, **kwargs: wrapped(*args, trackers=[*trackers, tracker], **kwargs)
 
 
+@pytest.mark.slow
 def test_one_process_opens_no_port(drawn_coco, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "train_one_epoch", tracked(lambda record: seen.append(listening_sockets())))
@@ -138,6 +140,7 @@ def train_without_loader(root):
     return run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20")
 
 
+@pytest.mark.slow
 def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
     script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from tests.runtime import test_machine as tests; "
     script += f"tests.train.end_process(tests.train_without_loader({str(drawn_coco)!r}))"
@@ -147,6 +150,7 @@ def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_wait_for_a_stuck_loading_process():
     script = f"""
 import multiprocessing, os, signal, sys
@@ -168,6 +172,7 @@ train.end_process(0)
     assert not lives(pid)
 
 
+@pytest.mark.slow
 def test_a_slow_loading_process_ends_the_run_with_advice(drawn_coco, monkeypatch, capsys):
     monkeypatch.setattr(loaders, "WORKER_TIMEOUT_SECONDS", 1)
     read = loaders.DetectionDataset.__getitem__
@@ -183,6 +188,7 @@ def test_a_slow_loading_process_ends_the_run_with_advice(drawn_coco, monkeypatch
     assert "DataLoader timed out after 1 seconds" in error and "--resume auto" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_bad_image_in_a_loading_process_is_one_line(drawn_coco, monkeypatch, capsys):
     def spoil():
         for path in (drawn_coco / "train2017").iterdir():
@@ -213,6 +219,7 @@ def test_other_errors_keep_their_traceback():
     assert explain_failure(KeyError("boxes")) is None
 
 
+@pytest.mark.slow
 def test_a_process_without_progress_prints_its_stacks_and_ends():
     script = (
         "import time\nfrom runtime import machine\nmachine.HANG_SECONDS = 1\nwatch = machine.HangWatch()\nwatch.alive()\n"
@@ -231,6 +238,7 @@ def test_a_watch_that_ended_lets_the_process_be(monkeypatch):
     time.sleep(1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_loading_processes_outlive_a_signal_to_the_whole_job(drawn_coco, tmp_path, number):
     """A scheduler signals all processes of a job; the checkpoint is written and the run ends with 0."""
@@ -251,6 +259,7 @@ def test_loading_processes_outlive_a_signal_to_the_whole_job(drawn_coco, tmp_pat
     assert (tmp_path / "weights" / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_ends_an_evaluation_alone(drawn_coco, tmp_path, monkeypatch, capsys):
     """--test-only looks for the wish to stop too."""
     from training import evaluate_model

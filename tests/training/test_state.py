@@ -130,6 +130,7 @@ def _loss_on_ranks(rank, world_size):
     return validation_loss(LossModel(), loader)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_the_same_on_any_number_of_processes():
     alone = _loss_on_ranks(0, 1)
     assert alone["loss"] == alone["a"] + alone["b"] and 0 < alone["b"] < 0.1
@@ -173,6 +174,7 @@ def test_metrics_of_an_epoch_that_is_done_again_are_replaced(tmp_path):
 FAST = ("--model", "ssdlite320_mobilenet_v3_large", "--workers", "0", "--device", "cpu", "--batch-size", "3")
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path):
     """EMA, validation loss, best, early stop; --test-only scores the averaged weights to the same digits."""
     out = tmp_path / "out"
@@ -206,6 +208,7 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path):
     assert json.loads((out / "best" / "summary.json").read_text())["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path):
     out = tmp_path / "out"
     flags = (*FAST, "--dataset", "coco", "--data-path", drawn_coco, "--epochs", "20", "--scale-lr", "--lr", "0.16")
