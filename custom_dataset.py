@@ -1,6 +1,6 @@
 """A folder of images with one json each, brought into COCO's records and checked like any other dataset.
 
-    custom/train/images, custom/train/annotations         image and json share a stem
+    custom/train/images, custom/train/annotations         image and json share a stem, and their sub-folders
     custom/test/images, custom/test/annotations
     custom/dataset.json                                   classes, keypoint names, ...: see `DatasetInfo`
 
@@ -9,9 +9,9 @@ per box, ``labels``, ``segmentations``, ``area`` and ``iscrowd``.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from annotations.arrays import Annotations
@@ -19,6 +19,7 @@ from annotations.findings import BadDataError, Findings
 from annotations.record_checks import Record, Rules
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
+from pixels.image_files import is_picture_name, list_folder, printable, spelling, unreadable_format
 from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ DEFAULT_CLASS = "object"
 
 # Numbers up to the highest label are classes where none has a name; a higher one is somebody's own id.
 MAX_NUMBERED_CLASSES = 10_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 _PER_BOX = ("keypoints", "labels", "segmentations", "area", "iscrowd")
 
@@ -173,7 +173,8 @@ def read_folder(
 ) -> Annotations:
     """Read ``images`` and ``annotations`` below ``split``.
 
-    Image ids count from 1 in the order of the stems. Sizes come from the image headers, after EXIF rotation.
+    Both are read to any depth; a stem is the path below them without its suffix. Image ids count from 1 in the order
+    of the stems. Sizes come from the image headers, after EXIF rotation.
 
     Args:
         split: ``custom/train`` or ``custom/test``.
@@ -219,29 +220,56 @@ def read_folder(
 
 
 def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]:
-    """Return (stem, image, json) of every pair, in the order of the stems."""
-    images: dict[str, Path] = {}
-    for path in sorted((split / "images").iterdir()):
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if not is_text(path.name):
-            findings.error("pairs", ascii(str(path)), "the file's name is not UTF-8", "rename the file")
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            findings.warn("stray file", str(path), "not an image by its name", "it is not used")
-        elif path.stem in images:
-            problem = f"{images[path.stem].name} has the same stem"
-            findings.error("pairs", str(path), problem, "give every image its own stem")
-        else:
-            images[path.stem] = path
-    jsons = {path.stem: path for path in sorted((split / "annotations").glob("*.json")) if path.name[0] != "."}
-    for stem in sorted(set(jsons) - set(images)):
-        problem = f"no image {split / 'images' / stem}.*"
-        _missing_partner(findings, str(jsons[stem]), problem, "add the image or remove the json")
-    for stem in sorted(set(images) - set(jsons)):
-        problem = f"no annotation {split / 'annotations' / stem}.json"
+    """Return (stem, image, json) of every pair, in the order of the stems; stems hold the folders below ``images``."""
+    pictures, jsons = split / "images", split / "annotations"
+    image_of = _files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
+    json_of = _files_by_stem(jsons, lambda name: name.lower().endswith(".json"), "not a json by its name", findings)
+    alone, without = sorted(set(image_of) - set(json_of)), sorted(set(json_of) - set(image_of))
+    for stem in without:
+        problem = f"no image {pictures / stem}.*{_similar(stem, alone, image_of, pictures)}"
+        _missing_partner(findings, str(jsons / json_of[stem]), problem, "add the image or remove the json")
+    for stem in alone:
+        problem = f"no annotation {jsons / stem}.json{_similar(stem, without, json_of, jsons)}"
         remedy = 'add it ({"bboxes": []} for an image without objects) or remove the image'
-        _missing_partner(findings, str(images[stem]), problem, remedy)
-    return [(stem, images[stem], jsons[stem]) for stem in sorted(set(images) & set(jsons))]
+        _missing_partner(findings, str(pictures / image_of[stem]), problem, remedy)
+    return [(stem, pictures / image_of[stem], jsons / json_of[stem]) for stem in sorted(set(image_of) & set(json_of))]
+
+
+def _files_by_stem(folder: Path, is_wanted: Callable[[str], bool], why_not: str, findings: Findings) -> dict[str, str]:
+    """Return {stem in its one spelling: name} of the wanted files below ``folder``; names every other file."""
+    content = list_folder(folder)
+    for name, reason in content.left_out:
+        if name == ".":
+            findings.error("image folder", str(folder), reason, "let this user read it")
+            continue
+        findings.warn("stray file", printable(str(folder / name)), reason, "it is not used")
+    found: dict[str, str] = {}
+    for name in content.files:
+        stem = spelling(str(PurePosixPath(name).with_suffix("")))
+        if not is_text(name):
+            findings.error("pairs", ascii(str(folder / name)), "the file's name is not UTF-8", "rename the file")
+        elif not is_wanted(name):
+            findings.warn("stray file", str(folder / name), why_not, "it is not used")
+        elif stem not in found:
+            found[stem] = name
+        elif unreadable_format(name) or unreadable_format(found[stem]):  # a phone's .heic beside its .jpg
+            used, unused = (found[stem], name) if unreadable_format(name) else (name, found[stem])
+            problem = f"{PurePosixPath(used).name} has the same stem, and {unreadable_format(unused)}"
+            findings.warn("stray file", str(folder / unused), problem, "it is not used")
+            found[stem] = used
+        else:
+            problem = f"{PurePosixPath(found[stem]).name} has the same stem"
+            findings.error("pairs", str(folder / name), problem, "give every file its own stem")
+    return found
+
+
+def _similar(stem: str, others: Sequence[str], name_of: dict[str, str], folder: Path) -> str:
+    """Say which file without a partner may be meant: one in another folder, or in other letters' case."""
+    for other in others:
+        if other.casefold() == stem.casefold():
+            return f"; {folder / name_of[other]} differs in upper and lower case"
+    same = [other for other in others if PurePosixPath(other).name == PurePosixPath(stem).name]
+    return f"; {folder / name_of[same[0]]} lies in another sub-folder" if len(same) == 1 else ""
 
 
 def _missing_partner(findings: Findings, place: str, problem: str, remedy: str) -> None:
@@ -255,7 +283,7 @@ def _missing_partner(findings: Findings, place: str, problem: str, remedy: str) 
 def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _Folder, findings: Findings) -> None:
     """Add one image and its objects to ``content``."""
     position = len(content.images)
-    record: Record = {"id": position + 1, "file_name": f"images/{image.name}", "height": 1, "width": 1}
+    record: Record = {"id": position + 1, "file_name": image.relative_to(split).as_posix(), "height": 1, "width": 1}
     content.images.append(record)
     try:
         header = read_header(image)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,14 @@ class Annotations:
         """Return the file name of image ``index``, relative to its root."""
         start, end = self.name_starts[index : index + 2]
         return self.name_bytes[start:end].tobytes().decode()
+
+    def with_file_names(self, names: Mapping[int, str]) -> "Annotations":
+        """Return the same annotations with other file names for some images; they come from no cache file."""
+        if not names:
+            return self
+        joined = [names.get(i, self.file_name(i)).encode() for i in range(len(self))]
+        name_bytes, name_starts = join_bytes(joined)
+        return dataclasses.replace(self, name_bytes=name_bytes, name_starts=name_starts, cache_file=None)
 
     def objects(self, index: int) -> slice:
         """Return where the objects of image ``index`` lie in the per-object arrays."""

@@ -1,12 +1,14 @@
-"""Do the image files of a dataset exist, lie below their folder, have the right size, and decode?"""
+"""Do the image files of a dataset exist, have the right size, and decode, and which files does it not use?"""
 
 import concurrent.futures
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from annotations.arrays import Annotations, default_cache_dir
 from annotations.findings import Findings
 from files import write_aside
+from pixels.image_files import examples, is_picture_name, list_folder, printable, spelling
 from pixels.images import BadImageError, read_header, read_image
 from utils import sha256_of_file
 
@@ -27,34 +30,114 @@ MAX_HEADERS = 20_000
 _END_OF_JPEG, _END_OF_PNG = b"\xff\xd9", b"IEND"
 
 
-def check_files(annotations: Annotations, root: Path, findings: Findings) -> None:
-    """Report images that are missing or are links to files outside ``root``; lists each folder once."""
-    real_root = root.resolve()
-    listed: dict[str, dict[str, bool]] = {}
+@dataclass(frozen=True)
+class FoundFiles:
+    """What `check_files` saw on disk.
+
+    Attributes:
+        respelled: The name on disk of each image, by position, whose entry writes it differently.
+        unused: Pictures below the folder that no entry names, relative to it, sorted.
+    """
+
+    respelled: dict[int, str]
+    unused: tuple[str, ...]
+
+
+def check_files(annotations: Annotations, root: Path, findings: Findings) -> FoundFiles:
+    """Report images that are missing or no regular file, and say how many are links out of ``root``.
+
+    Links inside the folder are followed: only its owner places them, and `unsafe_file_name` keeps names from leaving
+    the folder in any other way. A name that is not there is looked for in its other spellings.
+    """
+    content = list_folder(root)
+    on_disk, why_not = set(content.files), dict(content.left_out)
+    if "." in why_not:
+        findings.error("image folder", str(root), why_not["."], "let this user read it")
+        return FoundFiles({}, ())
+    lookup: _Lookup | None = None
+    respelled: dict[int, str] = {}
+    used = set()
     for i in range(len(annotations)):
         name = annotations.file_name(i)
-        parent, _, base = name.rpartition("/")
-        if parent not in listed:
-            listed[parent] = _list_folder(root / parent, real_root)
-        inside = listed[parent].get(base)
-        if inside is None:
-            findings.error("missing image", str(root / name), "no such file", "add it or remove its entry", image=i)
-        elif not inside:
-            problem = f"a link to a file outside {root}"
-            findings.error("image link", str(root / name), problem, "copy the file into the folder", image=i)
+        if name in on_disk:
+            used.add(name)
+            continue
+        plain = PurePosixPath(name).as_posix()  # without "./" and "//"
+        if plain in on_disk or _is_regular_file(root / name):  # hidden, or in a folder that is not searched
+            used.add(plain)
+            continue
+        lookup = lookup or _Lookup(content.files)
+        same = lookup.of_spelling.get(spelling(plain), [])
+        if len(same) == 1:
+            respelled[i] = same[0]
+            used.add(same[0])
+        elif same:
+            problem = f"no such file, but {len(same)} that are spelled alike: {examples(same)}"
+            findings.error("missing image", str(root / name), problem, "rename all but one of them", image=i)
+        else:
+            path = PurePosixPath(plain)
+            reasons = [why_not[str(part)] for part in (path, *path.parents) if str(part) in why_not]
+            problem = reasons[0] if reasons else f"no such file{lookup.similar(spelling(plain))}"
+            findings.error("missing image", str(root / name), problem, "add it or correct its entry", image=i)
+    _warn_of_links(root, used & content.links, findings)
+    if respelled:
+        first = min(respelled)
+        problem = (
+            f"{len(respelled)} of {len(annotations)} names are written differently on disk (accents, backslashes), "
+            f"such as {ascii(annotations.file_name(first))} for {ascii(respelled[first])}"
+        )
+        findings.warn("spelling", str(root), problem, "the files are used")
+    unused = tuple(name for name in content.files if name not in used and is_picture_name(name))
+    return FoundFiles(respelled, unused)
 
 
-def _list_folder(folder: Path, real_root: Path) -> dict[str, bool]:
-    """Return {file name: whether its real path lies below ``real_root``}."""
-    if not folder.is_dir():
-        return {}
-    folder_inside = folder.resolve().is_relative_to(real_root)
-    with os.scandir(folder) as entries:
-        return {
-            entry.name: folder_inside
-            and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(real_root))
-            for entry in entries
-        }
+def _is_regular_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+class _Lookup:
+    """Finds which files may be meant by names that are not there."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.of_spelling: dict[str, list[str]] = {}
+        self.of_reason: dict[str, dict[str, list[str]]] = {reason: {} for reason in _SIMILAR}
+        for file in files:
+            name = spelling(file)
+            self.of_spelling.setdefault(name, []).append(file)
+            for reason, key in _SIMILAR.items():
+                self.of_reason[reason].setdefault(key(name), []).append(file)
+
+    def similar(self, name: str) -> str:
+        """Say which one file may be meant by ``name``, or nothing."""
+        for reason, key in _SIMILAR.items():
+            found = self.of_reason[reason].get(key(name), [])
+            if len(found) == 1:
+                return f"; {printable(found[0])} {reason}"
+        return ""
+
+
+# Names that are alike in these ways are not taken for each other, but named.
+_SIMILAR: dict[str, Callable[[str], str]] = {
+    "differs in upper and lower case": str.casefold,
+    "is what its %-codes say": urllib.parse.unquote,
+    "has this name in another folder": lambda name: name.rpartition("/")[2],
+    "has another suffix": lambda name: name.rpartition(".")[0],
+}
+
+
+def _warn_of_links(root: Path, links: set[str], findings: Findings) -> None:
+    """Say how many of the images that are links lead out of ``root``, with an example."""
+    real_root = root.resolve()
+    first, count = "", 0
+    for name in sorted(links):
+        if not (root / name).resolve().is_relative_to(real_root):
+            first, count = first or name, count + 1
+    if count:
+        problem = f"{count} image(s) are links to files outside it, such as {first} -> {(root / first).resolve()}"
+        findings.warn("image link", str(root), problem, "they are used")
 
 
 def check_headers(

@@ -10,6 +10,7 @@ import numpy as np
 from coco_utils import read_coco, read_json
 from evaluation.similarity import box_iou
 from pixels.geometry import xyxy_to_xywh
+from pixels.image_files import list_folder
 from utils import seeded_numpy_rng
 
 # Below so many objects an estimate says little: its standard error is 7 % at 50 objects annotated twice.
@@ -34,7 +35,7 @@ class Annotator:
 
 
 def read_annotator(path: Path) -> Annotator:
-    """Read a COCO json, or a folder with one json per image (or with such a folder ``annotations``).
+    """Read a COCO json, or a folder (to any depth) with one json per image, or with such a folder ``annotations``.
 
     Raises:
         FileNotFoundError: There is nothing to read.
@@ -51,7 +52,7 @@ def read_annotator(path: Path) -> Annotator:
             images[stem] = annotations.boxes_xywh[objects], annotations.keypoints[objects]
     else:
         folder = path / "annotations" if (path / "annotations").is_dir() else path
-        files = sorted(folder.glob("*.json"))
+        files = [folder / name for name in list_folder(folder).files if name.lower().endswith(".json")]
         if not files:
             raise FileNotFoundError(f"{path}: neither a COCO json nor a folder with one json per image")
         for file in files:
@@ -64,6 +65,8 @@ def read_annotator(path: Path) -> Annotator:
                 raise ValueError(
                     f"{file}: expected bboxes [[x1, y1, x2, y2], ...] and keypoints [[[x, y, v], ...]]"
                 ) from None
+            if file.stem in images:
+                raise ValueError(f"{file}: another json in {folder} has this name too; give every json its own")
             images[file.stem] = xyxy_to_xywh(boxes), points
     if not any(points.size for _, points in images.values()):
         raise ValueError(f"{path}: no keypoints")

@@ -2,9 +2,11 @@
 
 import contextlib
 import glob
+import itertools
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from annotations.labels import LabelMap
 from annotations.skeleton import Skeleton
-from custom_dataset import IMAGE_SUFFIXES
 from evaluation.detections import Detections, detections_from_output
 from evaluation.postprocess import fast_scoring
 from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
 from models.architectures import ModelSpec
+from pixels.image_files import examples, is_picture_name, list_folder, result_folder
 from pixels.images import BadImageError, is_text, read_header, read_image
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
+from runtime.signals import leave_stopping_to_parent
 
 # Pixels of a batch: large pictures come in smaller batches, down to one alone.
 MAX_BATCH_PIXELS = 24_000_000
@@ -75,33 +78,84 @@ def load_detector(path: Path) -> Detector:
     return Detector(model.eval(), spec, label_map, skeleton, threshold)
 
 
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """Return the image files behind files, folders and glob patterns, in the order given, each once.
+@dataclass(frozen=True)
+class ImageFiles:
+    """What `search_images` found.
 
-    Folders are searched to any depth for files with an image's suffix, sorted by name; a file named outright is
-    taken whatever its suffix.
+    Attributes:
+        paths: Pictures by their names, and files named outright, each once.
+        left_out: {path: why} of everything else in the folders that were searched.
+    """
+
+    paths: list[Path]
+    left_out: dict[Path, str]
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Return the paths of `search_images`."""
+    return search_images(paths).paths
+
+
+def search_images(paths: Sequence[str]) -> ImageFiles:
+    """Return the image files behind files, folders and glob patterns, in the order given.
+
+    Folders are searched as `list_folder` does, sorted by name; a file named outright is taken whatever its suffix.
+    A pattern does not reach into folders of results unless it names them.
 
     Raises:
         FileNotFoundError: A path or pattern matches nothing.
     """
     found: dict[Path, Path] = {}
+    left_out: dict[Path, str] = {}
     for text in paths:
         path = Path(text)
-        # Path.glob takes no absolute patterns.
-        matches = [path] if path.exists() else sorted(Path(m) for m in glob.glob(text, recursive=True))  # noqa: PTH207
+        matches, others = ([path], {}) if path.exists() else _expand(text)
         files = [match for match in matches if match.is_file()]
         for folder in (match for match in matches if match.is_dir()):
-            files += [file for file in sorted(folder.rglob("*")) if _looks_like_image(file)]
+            content = list_folder(folder)
+            files += sorted(folder / name for name in content.files if is_picture_name(name))
+            others |= {folder / name: "no picture by its name" for name in content.files if not is_picture_name(name)}
+            others |= {folder / name: reason for name, reason in content.left_out}
         if not files:
-            what = "no images in it" if matches else "no such file or folder, and no file matches it as a pattern"
-            raise FileNotFoundError(f"{text}: {what}")
+            what = (
+                "no images in it"
+                if matches or others
+                else "no such file or folder, and no file matches it as a pattern"
+            )
+            raise FileNotFoundError("; ".join(filter(None, [f"{text}: {what}", describe_left_out(others)])))
         for file in files:
             found.setdefault(file.resolve(), file)
-    return list(found.values())
+        left_out |= others
+    return ImageFiles(
+        list(found.values()), {path: why for path, why in left_out.items() if path.resolve() not in found}
+    )
 
 
-def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _expand(pattern: str) -> tuple[list[Path], dict[Path, str]]:
+    """Return (what matches a glob pattern, {folder of results that the pattern does not name: why it is left out})."""
+    named = list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    matches, results = [], {}
+    origin_of: dict[Path, str | None] = {}
+    for match in sorted(Path(m) for m in glob.glob(pattern, recursive=True)):  # noqa: PTH207 - takes absolute patterns
+        for folder in (*reversed(match.parents), match):
+            if len(folder.parts) <= len(named):
+                continue
+            if folder not in origin_of:
+                origin_of[folder] = result_folder(os.listdir(folder)) if folder.is_dir() else None  # noqa: PTH208
+            if origin_of[folder] is not None:
+                results[folder] = f"results of {origin_of[folder]}"
+                break
+        else:
+            matches.append(match)
+    return matches, results
+
+
+def describe_left_out(left_out: Mapping[Path, str]) -> str:
+    """Return how many files and folders were left out for which reason, with examples, as one line."""
+    of_reason: dict[str, list[str]] = {}
+    for path, reason in left_out.items():
+        of_reason.setdefault(reason, []).append(str(path))
+    return "; ".join(f"{reason} ({len(names)}): {examples(names)}" for reason, names in of_reason.items())
 
 
 @dataclass(frozen=True)
@@ -218,6 +272,7 @@ def predict_files(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
     )
     model = detector.model.to(device)
     # Every detection has its keypoints: nothing is left to a limit per class.
@@ -232,6 +287,11 @@ def predict_files(
                     kept = order[detections.scores[order] >= score_threshold]
                     results.append(Prediction(target["image_id"], picture, detections.take(kept)))
             yield results
+
+
+def _start_worker(_: int) -> None:
+    """Let Ctrl-C reach the process that writes the results, which then ends this one."""
+    leave_stopping_to_parent()
 
 
 def _pictures(batch: PackedBatch) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
 from loading.samples import ImageFolder, ImageSource
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from pixels.image_files import examples
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Split:
         images: Where the pixels come from.
         indices: The usable images, int64.
         skeleton: Of the keypoints.
+        unused: Pictures below the image folder that no entry names.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Split:
     images: ImageSource
     indices: np.ndarray
     skeleton: Skeleton = field(default_factory=Skeleton)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,15 @@ def load_coco_split(
         options=f"{on_bad_data} {needs_masks}",
     )
     findings = Findings(on_bad_data)
-    check_files(annotations, paths.images, findings)
+    files = check_files(annotations, paths.images, findings)
+    annotations = annotations.with_file_names(files.respelled)
     present = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
     check_headers(annotations, paths.images, findings, cache_dir=cache_dir, indices=present)
     findings.raise_errors()
     _log_warnings((*annotations.warnings, *findings.warnings()))
     skeleton = Skeleton(annotations.keypoint_names, annotations.skeleton, _implied_pairs(annotations.keypoint_names))
     indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
-    return Split(str(paths.annotations), annotations, ImageFolder(paths.images), indices, skeleton)
+    return Split(str(paths.annotations), annotations, ImageFolder(paths.images), indices, skeleton, files.unused)
 
 
 def load_custom_split(
@@ -320,6 +325,7 @@ def load_data(
     if unknown:
         logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
     if train is not None:
+        _warn_of_unused(train, val)
         _warn_of_overlap(train, val)
     if task != "keypoint":
         return Data(train, val, label_map)
@@ -349,6 +355,27 @@ def _check_names(split: Split, ids: Sequence[int], names: Sequence[str], where: 
                 f"{split.name}: category {id_} is {name!r}, but {known[id_]!r} in {where}; labels go by the id, so "
                 "one class would be taken for the other: give both the same ids and names"
             )
+
+
+def _warn_of_unused(train: Split, val: Split) -> None:
+    """Say which pictures in the image folders no entry of either split names; both may share one folder."""
+    for split, other in ((train, val), (val, train)):
+        if not split.unused or not isinstance(split.images, ImageFolder) or not isinstance(other.images, ImageFolder):
+            continue
+        root = split.images.root.resolve()
+        names, other_root = other.annotations.file_name, other.images.root.resolve()
+        of_other = {os.path.join(other_root, names(i)) for i in range(len(other.annotations))}  # noqa: PTH118 - fast
+        unused = [name for name in split.unused if os.path.join(root, name) not in of_other]  # noqa: PTH118
+        if unused:
+            logger.warning(
+                "%s: %d picture(s) that no entry of %s names are not used: %s",
+                split.images.root,
+                len(unused),
+                split.name,
+                examples(unused),
+            )
+            if root == other_root:
+                return
 
 
 def _warn_of_overlap(train: Split, val: Split) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from pixels.image_files import unreadable_format
 
 # EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
 _QUARTER_TURNS = (5, 6, 7, 8)
@@ -105,7 +107,7 @@ def read_header(path: Path) -> ImageHeader:
         with _open(path) as image:
             return ImageHeader(image.height, image.width, _orientation(image), image.mode)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise BadImageError(path, f"cannot read the image header: {_reason(error)}") from error
+        raise BadImageError(path, f"cannot read the image header: {_reason(error, path)}") from error
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool = True) -> np.ndarray:
@@ -132,7 +134,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
             else:
                 pixels = _to_rgb(image)
     except Exception as error:
-        raise BadImageError(path, f"cannot decode the image: {_reason(error)}") from error
+        raise BadImageError(path, f"cannot decode the image: {_reason(error, path)}") from error
     if size is not None and pixels.shape[:2] != size:
         raise BadImageError(
             path,
@@ -156,5 +158,27 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
+    """Return an error's text; of a file that is no picture say what it is instead, where that can be told."""
+    if isinstance(error, UnidentifiedImageError):
+        known = unreadable_format(str(path)) or _kind_of_text(path)
+        if known is not None:
+            return known
     return str(error) or type(error).__name__
+
+
+def _kind_of_text(path: Path) -> str | None:
+    """Recognise what often lies in a picture's place: a Git LFS pointer, a web page, a link saved as text."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the picture; run git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page; the download went wrong"
+    try:
+        target = start.decode().strip()
+        if len(start) < 1024 and target.isprintable() and target and (path.parent / target).is_file():
+            return f"the text {target!r} of a link; check out or unpack again where links are allowed"
+    except (ValueError, OSError):
+        pass
+    return None

@@ -199,14 +199,104 @@ def test_files_found_good_are_not_decoded_again(tmp_path, monkeypatch):
     assert decoded == ["im_002.png"]
 
 
-def test_links_out_of_the_folder_are_refused(tmp_path):
+def test_links_in_the_image_folder_are_followed_and_counted(tmp_path, caplog):
+    root = draw_folder(tmp_path / "custom")
+    images = root / "train" / "images"
+    elsewhere = tmp_path / "pool.png"
+    shutil.move(images / "im_001.png", elsewhere)
+    (images / "im_001.png").symlink_to(elsewhere)
+    split = load_custom_split(root, "train")
+    assert len(split.indices) == 6
+    assert f"1 image(s) are links to files outside it, such as images/im_001.png -> {elsewhere}" in caplog.text
+
+
+def test_sub_folders_are_read_and_ids_follow_their_paths(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    for kind, suffix in (("images", "png"), ("annotations", "json")):
+        folder = root / "train" / kind
+        for day, n in (("day2", 0), ("day1/noon", 3)):
+            (folder / day).mkdir(parents=True)
+            shutil.move(folder / f"im_00{n}.{suffix}", folder / day)
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert [annotations.file_name(i) for i in range(3)] == [
+        "images/day1/noon/im_003.png", "images/day2/im_000.png", "images/im_001.png",
+    ]  # fmt: skip
+    entry = json.loads((root / "train" / "annotations" / "day2" / "im_000.json").read_text())
+    assert annotations.boxes_xywh[annotations.objects(1)][:, 0].tolist() == [b[0] for b in entry["bboxes"]]
+    assert len(load_custom_split(root, "train").indices) == 6 and annotations.warnings == ()
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".jp2", ".avif", ".tga", ".QOI"])
+def test_whatever_pillow_opens_is_a_picture(tmp_path, suffix):
     root = draw_folder(tmp_path / "custom")
     path = root / "train" / "images" / "im_001.png"
-    elsewhere = tmp_path / "secret.png"
-    shutil.move(path, elsewhere)
-    path.symlink_to(elsewhere)
-    with pytest.raises(BadDataError, match=r"im_001\.png: a link to a file outside"):
-        load_custom_split(root, "train")
+    Image.open(path).save(path.with_suffix(suffix))
+    path.unlink()
+    split = load_custom_split(root, "train")
+    assert len(split.indices) == 6 and split.annotations.warnings == ()
+    assert split.annotations.file_name(1) == f"images/im_001{suffix}"
+
+
+def test_jsons_may_have_upper_case_suffixes(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    for path in (root / "train" / "annotations").iterdir():
+        path.rename(path.with_suffix(".JSON"))
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert len(annotations) == 6 and annotations.warnings == ()
+
+
+def test_stems_pair_however_their_accents_are_stored(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    train = root / "train"
+    (train / "images" / "im_000.png").rename(train / "images" / "U\u0308bung.png")
+    (train / "annotations" / "im_000.json").rename(train / "annotations" / "\u00dcbung.json")
+    assert len(read_folder(train, DatasetInfo())) == 6
+
+
+def test_a_phones_original_beside_its_jpeg_is_named_not_taken(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    (root / "train" / "images" / "im_000.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    annotations = read_folder(root / "train", DatasetInfo())
+    assert len(annotations) == 6
+    (finding,) = annotations.warnings
+    assert "im_000.png has the same stem, and the installed Pillow does not open .heic" in str(finding)
+
+
+def test_every_file_that_is_not_used_is_named(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    train = root / "train"
+    (train / "images" / "notes.txt").write_text("x")
+    (train / "annotations" / "im_000.xml").write_text("x")
+    (train / "images" / "round").symlink_to(train / "images")
+    (train / "images" / ".DS_Store").write_text("x")
+    results = train / "images" / "runs" / "predict-1"
+    (results / "overlays").mkdir(parents=True)
+    (results / "predictions.json").write_text("[]")
+    shutil.copy(train / "images" / "im_000.png", results / "overlays" / "1.png")
+    text = "\n".join(map(str, read_folder(train, DatasetInfo()).warnings))
+    for part in ("notes.txt: not an image", "im_000.xml: not a json", "round: a link to a folder above it",
+                 "predict-1: results of predict.py"):  # fmt: skip
+        assert part in text, part
+    assert len(text.splitlines()) == 4
+
+
+def test_a_missing_partner_says_which_file_may_be_meant(tmp_path):
+    root = draw_folder(tmp_path / "custom")
+    images = root / "train" / "images"
+    (images / "day2").mkdir()
+    shutil.move(images / "im_000.png", images / "day2")
+    (images / "im_001.png").rename(images / "IM_001.png")
+    (images / "im_002.png").unlink()
+    (images / "im_002.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(BadDataError) as caught:
+        read_folder(root / "train", DatasetInfo())
+    lines = str(caught.value).splitlines()
+    for place, part in (
+        ("im_000.json: no image", "day2/im_000.png lies in another sub-folder"),
+        ("im_001.json: no image", "IM_001.png differs in upper and lower case"),
+        ("im_002.heic: ", "the installed Pillow does not open .heic files; save it as JPEG or PNG"),
+    ):
+        assert [line for line in lines if place in line and part in line], (place, part, lines)
 
 
 BAD_INFO = {

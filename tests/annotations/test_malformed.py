@@ -75,10 +75,12 @@ def rotate(c):
     c.entry(lambda e: e.update(bboxes=[[65, 5, 79, 30]], keypoints=[[[70, 6, 2], [71, 7, 2]]]))
 
 
-def link_outside(c):
-    elsewhere = c.root.parent / "secret.png"
-    shutil.move(c.image, elsewhere)
-    c.image.symlink_to(elsewhere)
+def link_to(target):
+    def edit(c):
+        c.image.unlink()
+        c.image.symlink_to(target)
+
+    return edit
 
 
 def corrupt_middle(c):
@@ -189,7 +191,8 @@ CUSTOM_CASES = {
     "I7 boxes of the unrotated picture": (rotate, r"im_000\.png: EXIF turns the picture"),
     "I10 bomb": (lambda c: c.swap_image(png_bomb(20000, 20000)), r"im_000\.png: cannot read the image header: .*pixels"),
     "I10 half a bomb": (lambda c: c.swap_image(png_bomb(12000, 10000)), r"im_000\.png: cannot read the image header: .*pixels"),
-    "link out of the folder": (link_outside, r"im_000\.png: a link to a file outside"),
+    "link to nothing": (link_to("gone.png"), r"im_000\.json: no image .*im_000"),
+    "link to a device": (link_to("/dev/zero"), r"im_000\.json: no image .*im_000"),
     "dataset.json cut off": (lambda c: (c.root / "dataset.json").write_text("{"), r"dataset\.json: not valid json"),
     "dataset.json flip pair": (
         lambda c: (c.root / "dataset.json").write_text('{"flip_pairs": [[0, 7]]}'), r"flip.pair",
