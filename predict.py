@@ -13,6 +13,7 @@ import datetime
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,21 @@ from annotations.record_checks import Record
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from files import write_aside
-from inference.detector import BadFile, Detector, Prediction, find_images, load_detector, predict_files
+from inference.detector import (
+    BadFile,
+    Detector,
+    Prediction,
+    describe_left_out,
+    load_detector,
+    predict_files,
+    search_images,
+)
 from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
 from report.drawing import draw_objects, save_picture
 from report.drawn_objects import drawn_detections
+from runtime.signals import StopRequest
 from utils import HelpFormatter, choose_device, run_command, versions
 
 logger = logging.getLogger("predict")
@@ -43,6 +53,9 @@ DEFAULT_SCORE_THRESHOLD = 0.5
 
 # Everything readable was predicted, but some files were not readable.
 EXIT_SOME_SKIPPED = 4
+
+# A shell's code for a command that a signal ended: 130 for Ctrl-C.
+EXIT_SIGNAL = 128
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -154,9 +167,15 @@ def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> Non
 
 
 def describe_run(
-    args: argparse.Namespace, detector: Detector, threshold: float, images: list[Record], bad: list[Record]
+    args: argparse.Namespace,
+    detector: Detector,
+    threshold: float,
+    images: list[Record],
+    bad: list[Record],
+    not_reached: list[Record],
+    left_out: dict[Path, str],
 ) -> dict[str, Any]:
-    """Return the content of ``images.json``."""
+    """Return the content of ``images.json``: what became of every file."""
     return {
         "checkpoint": args.checkpoint,
         "model": detector.spec.name,
@@ -165,14 +184,17 @@ def describe_run(
         "categories": [{"id": id_, "name": name} for id_, name in detector.class_names.items()],
         "images": images,
         "skipped": bad,
+        "not_reached": not_reached,
+        "left_out": [{"file_name": str(path), "reason": reason} for path, reason in left_out.items()],
     }
 
 
-def main(args: argparse.Namespace) -> int:
-    """Predict; returns the exit code."""
+def main(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Predict until all is done or ``stop`` is set; returns the exit code."""
     # Model and files
     device = choose_device(args.device)
-    paths = find_images(args.paths)
+    files = search_images(args.paths)
+    paths = files.paths
     detector = load_detector(Path(args.checkpoint))
     threshold, origin = args.score_threshold, "as given"
     if threshold is None and detector.score_threshold is not None:
@@ -180,10 +202,10 @@ def main(args: argparse.Namespace) -> int:
     elif threshold is None:
         threshold, origin = DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
     logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
+    if files.left_out:
+        logger.warning("left out: %s", describe_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
     output_dir = make_output_dir(args.output_dir)
-    if args.overlays:
-        (output_dir / "overlays").mkdir()
 
     # Image ids count from 1 in the order of the files, broken ones included.
     digits = len(str(len(paths)))
@@ -207,6 +229,10 @@ def main(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             workers=args.workers,
         ):
+            if not images and not bad:
+                stop.install()  # before there is a result a signal ends the command at once
+                if args.overlays:
+                    (output_dir / "overlays").mkdir(exist_ok=True)
             for future in drawing:  # of the batch before: no more than two batches are in memory
                 future.result()
             drawing = []
@@ -230,12 +256,24 @@ def main(args: argparse.Namespace) -> int:
                     separator = ",\n"
                 table.writerows(csv_rows(str(path), image_id, result.detections, detector))
                 num_found += len(result.detections)
+            if stop:
+                break
         for future in drawing:
             future.result()
         results_file.write("]\n" if separator != "[" else "[]\n")
     bad.sort(key=lambda entry: entry["id"])
+    done = {entry["id"] for entry in images + bad}
+    not_reached = [{"id": n + 1, "file_name": str(path)} for n, path in enumerate(paths) if n + 1 not in done]
     with whole_file(output_dir / "images.json") as file:
-        json.dump(describe_run(args, detector, threshold, images, bad), file, indent=1)
+        content = describe_run(args, detector, threshold, images, bad, not_reached, files.left_out)
+        json.dump(content, file, indent=1)
+    if stop.signal_name is not None:
+        print(
+            f"predict.py: stopped by {stop.signal_name}: {len(done)} of {len(paths)} files are done; "
+            f"{num_found} objects in {len(images)} pictures are in {output_dir}",
+            file=sys.stderr,
+        )
+        return EXIT_SIGNAL + signal.Signals[stop.signal_name]
     logger.info("%d objects in %d pictures, in %s", num_found, len(images), output_dir)
     if not images:
         raise ValueError("not one of the files could be read as a picture")
@@ -250,7 +288,14 @@ def run(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_args(parser, args)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are refused, with a line of ours
-    return run_command("predict.py", main, args)
+    stop = StopRequest()
+    try:
+        return run_command("predict.py", lambda args: main(args, stop), args)
+    except KeyboardInterrupt:
+        print("predict.py: stopped before anything was found", file=sys.stderr)
+        return EXIT_SIGNAL + signal.SIGINT
+    finally:
+        stop.remove()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 import csv
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from PIL import Image
 
 import predict
 from evaluation.results_files import read_results
+from helpers.drawn import ROOT
 from helpers.runs import run_train
 from helpers.shaken import shaken_checkpoint
 from inference.detector import MAX_BATCH_PIXELS, find_images, load_detector, predict_files, reject_or_batch
@@ -204,6 +210,73 @@ def test_files_folders_and_globs_are_found_once_and_in_order(photos):
         (photos.parent / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match=reason):
             find_images([str(photos / nothing)])
+
+
+def test_formats_of_pillow_are_predicted_and_all_else_is_named(checkpoints, photos, tmp_path, capfd):
+    for suffix in (".jfif", ".avif", ".jp2"):
+        Image.open(photos / "0.png").save(photos / f"x{suffix}")
+    (photos / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (photos / "more" / "gone.jpg").symlink_to("nothing.jpg")
+    code = run("--checkpoint", checkpoints[MODELS[0]], photos, "--output-dir", tmp_path / "out")
+    assert code == predict.EXIT_SOME_SKIPPED
+    images, _, _ = read(tmp_path / "out")
+    assert len(images["images"]) == 7 and images["not_reached"] == []
+    (skipped,) = images["skipped"]
+    assert skipped["file_name"].endswith("e.heic") and "Pillow does not open .heic" in skipped["reason"]
+    assert {Path(entry["file_name"]).name: entry["reason"] for entry in images["left_out"]} == {
+        "notes.txt": "no picture by its name", "gone.jpg": "a link to nothing",
+    }  # fmt: skip
+    output = "".join(capfd.readouterr())
+    assert "no picture by its name (1): " in output and "e.heic" in output
+
+
+def test_its_own_results_are_no_pictures_to_predict(checkpoints, photos, monkeypatch, capfd):
+    monkeypatch.chdir(photos)
+    for n in range(2):
+        flags = ("--checkpoint", checkpoints[MODELS[0]], "--output-dir", f"runs/predict-{n}")
+        assert run(*flags, ".") == 0
+        assert len(read(photos / "runs" / f"predict-{n}")[0]["images"]) == 4
+    assert "results of predict.py (1): runs/predict-0" in "".join(capfd.readouterr())
+    for pattern in ("**", "**/*"):
+        assert len([p for p in find_images([pattern]) if p.suffix in (".png", ".jpg")]) == 4
+    assert len(find_images(["runs/predict-0/overlays"])) == len(find_images(["runs/predict-0/overlays/*"])) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    annotations = shapes_annotations("val", 1)
+    Image.fromarray(ShapeDrawer("val").read(annotations, 0)).save(folder / "0000.png")
+    for n in range(1, 3000):
+        shutil.copy(folder / "0000.png", folder / f"{n:04d}.png")
+    command = [sys.executable, "predict.py", folder, "--checkpoint", checkpoints[MODELS[0]], "--device", "cpu"]
+    command += ["--workers", workers, "--batch-size", 1, "--output-dir", out]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "overlays").is_dir() or len(list((out / "overlays").iterdir())) < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: loading processes get it too
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert sum("stopped by SIGINT" in line for line in error.splitlines()) == 1
+    images, records, rows = read(out)
+    done = {image["id"] for image in images["images"]}
+    assert 3 <= len(done) < 3000 and len(done) + len(images["not_reached"]) == 3000
+    assert len(records) == len(rows) and {record["image_id"] for record in records} <= done
+    assert not list(out.glob("*.tmp")) and all((out / image["overlay"]).is_file() for image in images["images"])
+
+
+def test_ctrl_c_before_the_first_picture_is_one_line(monkeypatch, photos, tmp_path, capfd):
+    monkeypatch.setattr(predict, "load_detector", lambda path: signal.raise_signal(signal.SIGINT))
+    assert run("--checkpoint", "none.pth", photos, "--output-dir", tmp_path / "out") == 130
+    assert capfd.readouterr().err.strip().splitlines()[-1] == "predict.py: stopped before anything was found"
 
 
 def test_large_pictures_come_in_smaller_batches(tmp_path):
