@@ -243,6 +243,7 @@ def what_training_says(root, flags, capsys):
     return False, [finding.example for finding in log.warnings]  # those that share a remedy show it once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "flags", "plant", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_a_planted_fault_is_found_and_training_says_the_same(make, flags, plant, expected, tmp_path, capsys):
     root = make(tmp_path / "data")

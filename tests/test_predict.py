@@ -113,6 +113,7 @@ def test_every_detection_has_its_keypoints(checkpoints, photos):
     assert all(np.isfinite(r.detections.keypoints).all() for r in results)
 
 
+@pytest.mark.slow
 def test_csv_names_files_classes_and_keypoints(checkpoints, photos, tmp_path):
     run("--checkpoint", checkpoints[MODELS[2]], photos / "0.png", "--output-dir", tmp_path / "out", "--no-overlays")
     _, records, rows = read(tmp_path / "out")
