@@ -213,13 +213,6 @@ def test_checkpoints_inside_an_epoch_come_by_updates_or_by_the_clock(drawn_coco,
 
 
 @pytest.mark.slow
-def test_a_new_run_in_the_folder_of_another_says_so(drawn_coco, tmp_path, capsys):
-    for count in range(2):
-        train_once(drawn_coco, tmp_path / "out", "--batch-size", "3", "--eval-every", "0")
-        assert ("holds another run" in capsys.readouterr().out) == bool(count)
-
-
-@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "3")

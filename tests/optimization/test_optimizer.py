@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
-from optimization.optimizer import LearningRate, build_optimizer, default_warmup, parameter_groups, restore_optimizer
+from optimization.optimizer import build_optimizer, parameter_groups, restore_optimizer
+from optimization.schedule import LearningRate, default_warmup
 
 
 def net():

@@ -135,7 +135,8 @@ def test_matplotlib_is_loaded_when_text_is_drawn_and_not_needed_for_it(without, 
 import sys
 if {without}:
     sys.modules["matplotlib"] = None  # an import of it fails
-import predict, drawing, torch
+import predict, torch
+from report import drawing
 assert not sys.modules.get("matplotlib")
 objects = drawing.Drawn([[10, 40, 60, 90]], ["a caption"], [1])
 drawing.save_picture(drawing.draw_objects(torch.zeros(3, 100, 200, dtype=torch.uint8), objects), "drawn.png")
