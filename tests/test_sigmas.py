@@ -111,3 +111,14 @@ def test_the_curve_is_ap_at_scaled_sigmas(tmp_path, capsys):
     for factor in (0.25, 1.0, 4.0):
         expected = oracle(truth, results, "keypoints", np.full(5, 0.06) * factor).stats[0]
         assert rows[factor] == f"{expected:.4f}"
+
+
+def test_jsons_of_an_annotator_are_read_to_any_depth_and_whatever_their_case(tmp_path):
+    text = json.dumps({"bboxes": [[0, 0, 10, 10]], "keypoints": [[[1, 2, 2]]]})
+    (tmp_path / "day2").mkdir()
+    for name in ("a.json", "b.JSON", "day2/c.json"):
+        (tmp_path / name).write_text(text)
+    assert sorted(read_annotator(tmp_path).images) == ["a", "b", "c"]
+    (tmp_path / "day2" / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json: another json in .* has this name too"):
+        read_annotator(tmp_path)
