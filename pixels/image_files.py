@@ -83,7 +83,7 @@ def list_folder(root: Path) -> FolderContent:
     def visit(folder: Path, prefix: str, above: tuple[str, ...], is_linked: bool) -> None:
         try:
             with os.scandir(folder) as scan:
-                entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
+                entries = [entry for entry in scan if not entry.name.startswith(".")]
             real = os.path.realpath(folder)
         except OSError as error:
             content.left_out.append((prefix.rstrip("/") or ".", f"cannot be listed ({error.strerror})"))
@@ -91,8 +91,8 @@ def list_folder(root: Path) -> FolderContent:
         if real in above:
             content.left_out.append((prefix.rstrip("/"), "a link to a folder above it"))
             return
-        origin = result_folder([entry.name for entry in entries])
-        if origin is not None and prefix:
+        origin = result_folder([entry.name for entry in entries]) if prefix else None
+        if origin is not None:
             content.left_out.append((prefix.rstrip("/"), f"results of {origin}"))
             return
         for entry in entries:
@@ -119,8 +119,7 @@ def result_folder(names: Sequence[str]) -> str | None:
     Results hold pictures, and pictures with boxes drawn in are nothing to train on or to predict.
     """
     known = set(names)
-    stems = {name.removesuffix(".tmp") for name in names}
-    if "overlays" in known and "predictions.json" in stems or {"images.json", "predictions.json"} <= known:
+    if {"predictions.json", "predictions.json.tmp"} & known and {"overlays", "images.json"} & known:
         return "predict.py"
     if "metrics.jsonl" in known or {"args.json", "weights"} <= known or {"summary.json", "images.csv"} <= known:
         return "train.py"
