@@ -25,7 +25,8 @@ from inspection.observations import (
 )
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
-from loading.splits import Data, training_indices
+from loading.splits import Data
+from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
 from utils import Distributed, HelpFormatter, choose_device, run_command
 

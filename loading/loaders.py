@@ -13,7 +13,8 @@ from loading.collate import PackedBatch, SharedCollate, Targets, collate_fn, unp
 from loading.copy_paste import CopyPaste
 from loading.samples import DetectionDataset
 from loading.shared_memory import SLOT_BYTES, SharedSlots
-from loading.splits import Data, training_indices
+from loading.splits import Data
+from loading.training_images import training_indices
 from models.architectures import ModelSpec
 from presets import PRESETS, build_transforms
 from runtime.machine import HangWatch, check_shared_memory

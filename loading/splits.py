@@ -16,7 +16,6 @@ from annotations.findings import Finding, Findings
 from annotations.image_checks import check_decoding, check_files, check_headers, find_shared_files
 from annotations.labels import LabelMap
 from annotations.skeleton import (
-    COCO_PERSON_KEYPOINTS,
     Skeleton,
     check_flip_order,
     choose_sigmas,
@@ -33,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 # COCO's 80 classes by their ids 1 to 90; the ten gaps are called N/A.
 COCO_NAMES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-
-# Torchvision trains on an image of persons only if it shows at least so many labelled keypoints.
-MIN_PERSON_KEYPOINTS = 10
 
 
 @dataclass(frozen=True)
@@ -432,23 +428,3 @@ def label_map_for(annotations: Annotations) -> LabelMap:
         ids = tuple(id_ if id_ in known else -1 for id_ in range(1, len(COCO_NAMES)))
         return LabelMap(ids, COCO_NAMES[1:])
     return LabelMap.contiguous(annotations.categories)
-
-
-def training_indices(split: Split, *, keep_negatives: bool, needs_keypoints: bool) -> np.ndarray:
-    """Return the images to train on, int64.
-
-    Without ``keep_negatives`` an image needs an annotation (a crowd counts) and a box wider and higher than one pixel;
-    for COCO's persons also `MIN_PERSON_KEYPOINTS` labelled keypoints, as in torchvision's scripts.
-    """
-    if keep_negatives:
-        return split.indices
-    annotations = split.annotations
-    image_of = annotations.object_images()
-    num_images = len(annotations)
-    has_box = np.zeros(num_images, dtype=bool)
-    has_box[image_of[(annotations.boxes_xywh[:, 2:] > 1).all(axis=1)]] = True
-    keep = has_box
-    if needs_keypoints and split.skeleton.names == COCO_PERSON_KEYPOINTS:
-        labelled = np.bincount(image_of, weights=annotations.num_visible_keypoints(), minlength=num_images)
-        keep &= labelled >= MIN_PERSON_KEYPOINTS
-    return split.indices[keep[split.indices]]
