@@ -337,6 +337,23 @@ def test_iou_crop_has_the_distribution_of_torchvisions():
     assert np.abs(ours - theirs).max() < 0.04, (ours, theirs)
 
 
+def test_iou_crop_keeps_the_boxes_whose_centre_it_holds():
+    """Torchvision's rule. A box whose centre is outside goes, however much of it is still to be seen."""
+    boxes = np.array([[5, 5, 40, 60], [50, 20, 120, 90], [70, 60, 90, 80], [0, 0, 128, 96]], dtype=np.float32)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    crop, dropped_in_sight = RandomIoUCrop(), 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image = crop(LazyImage.of(photo(), boxes))
+        moved = image.view.place().move_boxes(np.concatenate([centres, centres], axis=1))  # clipped to the crop
+        limits = [image.view.width, image.view.height]
+        inside = ((moved[:, :2] > 0) & (moved[:, :2] < limits)).all(axis=1)
+        assert image.is_kept.tolist() == inside.tolist()
+        seen = image.canvas_boxes()
+        dropped_in_sight += int((~image.is_kept & (seen[:, 2:] - seen[:, :2] >= 1).all(axis=1)).sum())
+    assert dropped_in_sight > 10
+
+
 def test_iou_crop_leaves_images_without_boxes_whole():
     image, _ = run(RandomIoUCrop(), photo(), boxes=torch.zeros(0, 4))
     assert image.shown == View.of(96, 128)

@@ -34,6 +34,17 @@ def test_what_is_saved_is_loaded_and_its_hash_stands_beside(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [NEWEST, f"{NEWEST}.sha256"]
 
 
+def test_a_save_never_writes_into_the_file_that_it_replaces(tmp_path):
+    """The new one takes the name when it is whole: a kill at any instant finds one of the two."""
+    path, second_name = tmp_path / NEWEST, tmp_path / "second_name"
+    save_checkpoint(content(1), path)
+    os.link(path, second_name)
+    before = second_name.read_bytes()
+    save_checkpoint(content(2), path)
+    assert second_name.read_bytes() == before != path.read_bytes()
+    assert path.stat().st_ino != second_name.stat().st_ino
+
+
 def test_a_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / NEWEST
     save_checkpoint(content(1, size=1000), path)
