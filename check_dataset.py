@@ -25,7 +25,8 @@ from inspection.observations import (
 )
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
-from loading.splits import Data
+from loading.splits import Data, training_indices
+from loading.trainable import check_against_model, vanishing_images
 from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
 from utils import Distributed, HelpFormatter, choose_device, run_command
@@ -56,6 +57,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def build_training(args: argparse.Namespace, data: Data) -> tuple[ModelSpec, DeviceLoader]:
     """Return the model's record and the loader that training would use."""
     spec = wanted_spec(args, data)
+    data = check_against_model(data, spec, args.on_bad_data)
     loader, _ = build_train_loader(
         data,
         spec,
@@ -93,7 +95,10 @@ def main(args: argparse.Namespace) -> int:
                 data.train, keep_negatives=keeps_negatives(args), needs_keypoints=task == "keypoint"
             )
             images["train"] = np.intersect1d(images["train"], kept)
-        seen, facts = look_at_objects(data, wanted_spec(args, data), images, writes_corners=source.kind.has_own_json)
+        spec = wanted_spec(args, data)
+        for role, split in splits.items():
+            images[role] = np.setdiff1d(images[role], vanishing_images(split.annotations, spec))
+        seen, facts = look_at_objects(data, spec, images, writes_corners=source.kind.has_own_json)
         warnings += seen
         facts["notes"] = notes
 

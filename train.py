@@ -33,6 +33,7 @@ from flags import data_source, get_args_parser, keeps_negatives, take_model_from
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
 from loading.splits import Data, load_data
+from loading.trainable import check_against_model
 from models.acceleration import (
     broadcast_buffers,
     compile_backbone,
@@ -134,6 +135,7 @@ def main(
 
         # Model
         bare_model, spec = start_model(args, data, checkpoint, distributed)
+        data = check_against_model(data, spec, args.on_bad_data)
         eval_setup = build_eval_setup(args, data, spec, distributed)
     if args.test_only:
         return evaluate_only(args, data, bare_model, eval_setup, stop)

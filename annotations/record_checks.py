@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from annotations.findings import Findings
+from annotations.normalised import NORMALISED, look_normalised
 from pixels.images import unsafe_file_name
 from pixels.masks import compress_rle, run_lengths
 
@@ -225,6 +226,7 @@ def check_boxes(
     empty = usable & ((boxes[:, 2] <= 0) | (boxes[:, 3] <= 0))
     # Boxes read as [x1, y1, x2, y2] that would all be fine as [x, y, width, height] are probably that.
     as_xywh = (x2 > 0) & (y2 > 0) & (x1 + x2 <= width + 1) & (y1 + y2 <= height + 1)
+    normalised = look_normalised(np.stack([x1, y1, x2, y2], axis=1), height, width)
     looks_like_xywh = rules.strict_boxes and bool(empty.any()) and bool(as_xywh[usable].all())
     for n in np.flatnonzero(empty).tolist():
         negative = boxes[n, 2] < 0 or boxes[n, 3] < 0
@@ -236,6 +238,7 @@ def check_boxes(
             remedy = "write boxes as [x1, y1, x2, y2]" + (
                 "; these look like [x, y, width, height]" if looks_like_xywh else " with x1 < x2 and y1 < y2"
             )
+            remedy = NORMALISED if normalised[n] else remedy
             problem = f"box {shown(n)} has {axis}2 <= {axis}1"
             findings.error("empty box", rules.object_place(n), problem, remedy, obj=n)
         else:

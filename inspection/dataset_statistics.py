@@ -4,6 +4,9 @@ All of it is computed on the flat arrays of `Annotations`; keypoints have a file
 from starting: what does is checked where annotations are read.
 """
 
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +14,7 @@ from pycocotools import mask as mask_util
 
 from annotations.arrays import Annotations
 from inspection.anchor_reach import AnchorReach, ObjectSizes
-from inspection.observations import Observation, observe_worst
+from inspection.observations import NUM_EXAMPLES, Observation, observe_worst
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
 from loading.splits import Split
 from pixels.geometry import xywh_to_xyxy
@@ -122,7 +125,7 @@ def _class_counts(part: SplitObjects) -> dict[str, int]:
 
 
 def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observation]:
-    """Look for classes that are never or rarely used, or only in one split."""
+    """Look for classes that are rarely used, or only in one split; training warns of those that never are."""
     if train is None:
         return []
     trained, scored = _class_counts(train), _class_counts(val)
@@ -133,11 +136,6 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
             shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
             seen.append(Observation(f"{len(names)} of {len(trained)} classes {title}: {shown}", (), advice, len(names)))
 
-    note(
-        "have no object to train on",
-        [name for name, count in trained.items() if count == 0],
-        "the model cannot learn them; add pictures, or remove the class",
-    )
     note(
         f"have fewer than {RARE} objects to train on",
         [f"{name} {count}" for name, count in trained.items() if 0 < count < RARE],
@@ -154,6 +152,21 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
         "all their objects will count as missed",
     )
     return seen
+
+
+def check_class_names(names: Sequence[str]) -> list[Observation]:
+    """Look for classes of either split whose names differ in case, blanks or the like only."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        bare = re.sub(r" \(id -?\d+\)$", "", name)  # added where two categories have the same name
+        key = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", bare).casefold()).strip()
+        alike.setdefault(key, []).append(name)
+    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if not groups:
+        return []
+    title = f"{len(groups)} group(s) of classes have names that differ in case or blanks only"
+    advice = "if they are one class, write one name for it: they are learned and scored as different classes"
+    return [Observation(title, tuple(groups[:NUM_EXAMPLES]), advice, len(groups))]
 
 
 def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) -> list[Observation]:

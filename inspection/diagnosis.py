@@ -18,6 +18,7 @@ from inspection.anchor_reach import build_skeleton_model, reach_of_anchors, resi
 from inspection.dataset_statistics import (
     SplitObjects,
     check_box_format,
+    check_class_names,
     check_classes,
     check_repeated_objects,
     check_segmentations_against_boxes,
@@ -273,4 +274,5 @@ def look_at_objects(
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
         facts["keypoints"] = describe_keypoints(list(parts.values()))
+    seen += check_class_names([name for part in parts.values() for _, name in part.annotations.categories])
     return seen + check_classes(parts.get("train"), parts["val"]), facts

@@ -13,7 +13,8 @@ from loading.collate import PackedBatch, SharedCollate, Targets, collate_fn, unp
 from loading.copy_paste import CopyPaste
 from loading.samples import DetectionDataset
 from loading.shared_memory import SLOT_BYTES, SharedSlots
-from loading.splits import Data
+from loading.splits import Data, training_indices
+from loading.trainable import count_trainable
 from loading.training_images import training_indices
 from models.architectures import ModelSpec
 from presets import PRESETS, build_transforms
@@ -129,9 +130,10 @@ def _build_train_dataset(
         fixed_size=spec.architecture.fixed_size,
     )
     indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
-    logger.info("training on %d of %d images of %s", len(indices), len(data.train.annotations), data.train.name)
-    if not len(indices):
-        raise ValueError(f"{data.train.name}: no image is left to train on; --keep-negatives trains on all")
+    trainable = count_trainable(data.train, data.label_map, spec, indices)
+    text = "training on %d of %d images of %s; objects: %s"
+    logger.info(text, len(indices), len(data.train.annotations), data.train.name, trainable.describe())
+    trainable.check()
     return DetectionDataset(
         data.train.annotations,
         data.train.images,
@@ -174,7 +176,7 @@ def build_train_loader(
         keep_negatives: Train on images without objects too.
 
     Raises:
-        ValueError: No image is left, or fewer than processes.
+        ValueError: No object is left, or fewer images than processes.
     """
     dataset = _build_train_dataset(
         data,

@@ -311,7 +311,7 @@ def test_long_rows_of_warnings_are_counted_in_full(tmp_path, capsys):
     number = len(json.loads((root / "annotations/instances_train2017.json").read_text())["annotations"])
     assert number > 20
     code, text = diagnose(root, BOXES, capsys)
-    assert code == 1 and "no image is left to train on" in text
+    assert code == 1 and "no object is left to train on" in text
     assert f"{number} where the object is not trained on" in text and f"... and {number - 5} more" in text
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
+from loading.trainable import Trainable, count_trainable
 from optimization.schedule import LearningRate
 from optimization.step import StepOptions, add_gradients, update_parameters
 from training.state import TrainingState
@@ -68,9 +69,13 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan, a line per subject."""
+        data, train = self.state.data, self.state.data.train
+        assert train is not None
+        trainable = count_trainable(train, data.label_map, self.state.spec, self.loader.dataset.indices)
         rows = {
             "data": self._data(),
-            "classes": self._classes(),
+            "objects": trainable.describe(),
+            "classes": self._classes(trainable),
             "batches": self._batches(),
             "rate": describe_rate(self.learning_rate),
             "model": self._model(),
@@ -90,21 +95,15 @@ class Plan:
         left_out = f" ({', '.join(dropped)} left out)" if dropped else ""
         return f"trains on {kept} of {all_images} images{left_out}, is scored on {len(val.indices)}"
 
-    def _classes(self) -> str:
-        train = self.state.data.train
-        assert train is not None
-        used = np.zeros(len(train.annotations), dtype=bool)
-        used[self.loader.dataset.indices] = True
-        of_used = used[train.annotations.object_images()] & ~train.annotations.is_crowd
-        ids = train.annotations.category_ids[of_used]
-        counts = {name: int((ids == id_).sum()) for id_, name in train.annotations.categories}
+    def _classes(self, trainable: Trainable) -> str:
+        counts = {name: count for (_, name), count in zip(trainable.categories, trainable.counts.tolist())}
         by_count = sorted(counts.items(), key=lambda item: -item[1])
         shown = by_count
         if len(by_count) > MAX_CLASSES:
             half = MAX_CLASSES // 2
             shown = [*by_count[:half], ("...", -1), *by_count[-half:]]
         text = ", ".join(name if count < 0 else f"{name} {count}" for name, count in shown)
-        return f"{len(counts)} with {len(ids)} objects: {text}"
+        return f"{len(counts)} with {trainable.num_objects} objects: {text}"
 
     def _batches(self) -> str:
         sampler = self.sampler
