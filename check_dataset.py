@@ -25,7 +25,7 @@ from inspection.observations import (
 )
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
-from loading.splits import Data, training_indices
+from loading.splits import Data
 from loading.trainable import check_against_model, vanishing_images
 from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec

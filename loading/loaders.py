@@ -13,7 +13,7 @@ from loading.collate import PackedBatch, SharedCollate, Targets, collate_fn, unp
 from loading.copy_paste import CopyPaste
 from loading.samples import DetectionDataset
 from loading.shared_memory import SLOT_BYTES, SharedSlots
-from loading.splits import Data, training_indices
+from loading.splits import Data
 from loading.trainable import count_trainable
 from loading.training_images import training_indices
 from models.architectures import ModelSpec
