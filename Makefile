@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Without what trains a model, starts processes or takes long: about two minutes, for between two edits.
 .PHONY: test quick demo lint clean
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -19,6 +18,7 @@ lint: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Without what trains a model, starts processes or takes long: about two minutes, for between two edits.
 quick: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
