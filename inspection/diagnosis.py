@@ -45,6 +45,7 @@ class _Collector(logging.Handler):
         self.warnings: list[Finding] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record's text once, and a finding as it is."""
         if record.levelno < logging.WARNING:
             if record.getMessage() not in self.info:
                 self.info.append(record.getMessage())

@@ -81,6 +81,7 @@ def list_folder(root: Path) -> FolderContent:
     content = FolderContent()
 
     def visit(folder: Path, prefix: str, above: tuple[str, ...], is_linked: bool) -> None:
+        """List one folder and those below it, but none that it lies in itself."""
         try:
             with os.scandir(folder) as scan:
                 entries = [entry for entry in scan if not entry.name.startswith(".")]

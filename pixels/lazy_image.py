@@ -212,6 +212,7 @@ def _register_repainting(functional: Callable[..., Tensor], anywhere: bool) -> N
     """Let a colour operation that cannot be noted down work on the source pixels at once."""
 
     def kernel(image: LazyImage, *args: Any, **kwargs: Any) -> LazyImage:
+        """Carry the operation out; refuse where the canvas is no longer the whole picture."""
         before = replace(image.shown, colour_ops=(), flipped=False)
         if not anywhere and before != View.of(*image.pixels.shape[:2]):
             raise _not_supported(f"{functional.__name__} after a crop, pad or resize")
