@@ -185,7 +185,7 @@ def test_truncated_images_are_found_before_the_first_step(tmp_path):
 
 
 def test_files_found_good_are_not_decoded_again(tmp_path, monkeypatch):
-    from annotations.arrays import image_checks
+    from annotations import image_checks
 
     root = draw_folder(tmp_path / "custom")
     load_custom_split(root, "train", cache_dir=tmp_path / "c")

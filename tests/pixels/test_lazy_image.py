@@ -345,8 +345,8 @@ def test_iou_crop_keeps_the_boxes_whose_centre_it_holds():
     for seed in range(60):
         torch.manual_seed(seed)
         image = crop(LazyImage.of(photo(), boxes))
-        moved = image.view.place().move_boxes(np.concatenate([centres, centres], axis=1))  # clipped to the crop
-        limits = [image.view.width, image.view.height]
+        moved = image.shown.place().move_boxes(np.concatenate([centres, centres], axis=1))  # clipped to the crop
+        limits = [image.shown.width, image.shown.height]
         inside = ((moved[:, :2] > 0) & (moved[:, :2] < limits)).all(axis=1)
         assert image.is_kept.tolist() == inside.tolist()
         seen = image.canvas_boxes()
