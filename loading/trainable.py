@@ -182,13 +182,13 @@ def _scales(annotations: Annotations, spec: ModelSpec, *, largest: bool) -> tupl
     if architecture.fixed_size is not None:
         height, width = architecture.fixed_size
         return width / annotations.widths, height / annotations.heights
-    # As torchvision's GeneralizedRCNNTransform: in float32.
     choose = max if largest else min
-    short_side = np.float32(choose(spec.min_size) if spec.min_size else architecture.min_size)
-    long_side = np.float32(spec.max_size or architecture.max_size)
-    short = np.minimum(annotations.heights, annotations.widths).astype(np.float32)
-    long = np.maximum(annotations.heights, annotations.widths).astype(np.float32)
-    scales = np.minimum(short_side / short, long_side / long).astype(np.float64)
+    short_side = choose(spec.min_size) if spec.min_size else architecture.min_size
+    long_side = spec.max_size or architecture.max_size
+    short = np.minimum(annotations.heights, annotations.widths)
+    long = np.maximum(annotations.heights, annotations.widths)
+    # In float64, as torchvision's _resize_image_and_masks does outside of tracing and scripting.
+    scales = np.minimum(short_side / short, long_side / long)
     return scales, scales
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
-SCORE_KINDS = ("bbox", "segm", "keypoints", "val_loss")
+LOGGED_KINDS = ("bbox", "segm", "keypoints", "val_loss")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TensorBoardTracker(Tracker):
 
     def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
         """Write the scores of each kind."""
-        for kind in SCORE_KINDS:
+        for kind in LOGGED_KINDS:
             self._write(kind, scores.get(kind, {}), epoch)
 
     def _write(self, kind: str, values: dict[str, Any], epoch: int) -> None:

@@ -190,10 +190,10 @@ def empty_annotations(heights, widths):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("max_size", [96, 333, 1333])
+@pytest.mark.parametrize("max_size", [41, 96, 333, 1333])
 def test_vanishing_is_what_torchvision_cannot_resize(max_size):
     transform = GeneralizedRCNNTransform(64, max_size, [0.0] * 3, [1.0] * 3).eval()
-    sizes = [(k, max_size * n + d) for k in (1, 2, 3, 7) for n in (k, k + 1) for d in (-1, 0, 1)]
+    sizes = [(k, max_size * n + d) for k in (1, 2, 3, 7, 25, 41) for n in (k, k + 1) for d in (-1, 0, 1)]
     sizes = [(h, w) for h, w in sizes if w > 0]
 
     def fails(height, width):
