@@ -49,7 +49,7 @@ class CocoEvaluator:
     """Scores detections of any model against one split.
 
     Args:
-        annotations: Of the split.
+        annotations: Ground truth of the split.
         iou_types: "bbox", "segm" and "keypoints", what to score.
         indices: Which images of the split are evaluated; all by default. Others do not exist for the score.
         sigmas: OKS sigmas, float64 [K].

@@ -119,7 +119,7 @@ def evaluate(
     Args:
         model: Bare, not in DDP: the ranks may have different numbers of batches.
         loader: With an `EvalBatchSampler`.
-        evaluator: Of the same images; what it held is forgotten.
+        evaluator: Holds the ground truth of the same images; what it held of detections is forgotten.
         label_map: What the model's labels mean.
         print_freq: Batches between log lines.
         on_batch: Gets the image ids and detections of every batch.

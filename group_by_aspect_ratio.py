@@ -60,8 +60,8 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         group_factor: k of `group_by_aspect_ratio`; negative for no groups.
         batch_size: Images per batch and process. With fewer images than ``batch_size * world_size`` it is
             reduced so that every process has a batch.
-        seed: Of the run.
-        rank: Of this process.
+        seed: The run's random seed; with the epoch it gives the order of the images.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
 
     Raises:
@@ -163,7 +163,7 @@ class EvalBatchSampler(Sampler[list[tuple[int, int]]]):
     Args:
         num_images: Number of images.
         batch_size: Images per batch.
-        rank: Of this process.
+        rank: Number of this process, from 0.
         world_size: Number of processes; the shards may differ by one batch.
     """
 

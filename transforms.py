@@ -21,8 +21,8 @@ class FixedSizeCrop(v2.Transform):
     torchvision's models pad every batch themselves.
 
     Args:
-        height: Of the window.
-        width: Of the window.
+        height: Largest height of the window in pixels.
+        width: Largest width of the window in pixels.
     """
 
     def __init__(self, height: int, width: int) -> None:

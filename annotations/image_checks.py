@@ -229,11 +229,11 @@ def check_decoding(
     A terminal shows a progress bar.
 
     Args:
-        annotations: Of the images.
+        annotations: Names the files, and says how large their images are.
         root: Folder of the image files.
         findings: Collects what is wrong.
         apply_exif: See `read_image`.
-        cache_dir: Of the cache file; None for the default.
+        cache_dir: Folder of the cache file; None for `default_cache_dir`.
         indices: Images to look at, int64; all by default.
         workers: Threads; as many as there are cores by default.
     """
@@ -272,7 +272,7 @@ class FileMemory:
     Args:
         kind: What the values say; part of the cache file's name.
         root: The folder of the files.
-        cache_dir: Of the cache file; None for the default.
+        cache_dir: Folder of the cache file; None for `default_cache_dir`.
     """
 
     def __init__(self, kind: str, root: Path, cache_dir: Path | None = None) -> None:

@@ -72,7 +72,7 @@ def resample(saved: SavedMatches, weights: np.ndarray) -> Resampled:
     Weights of one give COCO's figures; weights of two those of a dataset in which every image stands twice.
 
     Args:
-        saved: Of an evaluation.
+        saved: The matches of one evaluation of I images.
         weights: Integers [B, I].
     """
     num_classes, num_thresholds = len(saved.class_names), len(saved.thresholds)
@@ -145,7 +145,7 @@ def interval(figure: float, resampled: np.ndarray, level: float = LEVEL) -> tupl
     """Return (low, high) around a figure; None if no resample has a value.
 
     Args:
-        figure: Of the images themselves.
+        figure: Value with every image counted once, not resampled.
         resampled: The same of every resample, NaN where it does not exist.
         level: Share of sets of as many images whose figures are to lie inside.
     """
@@ -161,8 +161,8 @@ class Difference:
     """How two evaluations of the same images differ in one figure.
 
     Attributes:
-        first: Of the first evaluation; None without objects, and then all others are.
-        second: Of the second one.
+        first: Value in the first evaluation; None without objects, and then all others are.
+        second: Value in the second evaluation.
         low: The interval of second minus first.
         high: Its upper end.
         probability: That the second one is better: share of the resamples, centred on the difference, in which it is;
@@ -186,8 +186,8 @@ def compare_figure(first: np.ndarray, second: np.ndarray, level: float = LEVEL) 
 
     Args:
         first: `Resampled.figure` of the first; its entry 0 has the images themselves, weight one each.
-        second: Of the second one.
-        level: Of the interval.
+        second: `Resampled.figure` of the second, with the same weights.
+        level: Share of the resampled differences inside the interval, in 0..1.
     """
     differences = second - first
     if not np.isfinite(differences[0]):

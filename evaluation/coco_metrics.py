@@ -48,7 +48,7 @@ class ScoreKind:
 
     Attributes:
         title: What is scored, for people.
-        field: Of a COCO results record, that holds it.
+        field: Key of a COCO results record that holds what is scored.
         overlap: Name of the similarity between an object and a detection.
         summary: Its figures, in COCO's order.
     """
@@ -127,8 +127,8 @@ def format_coco_lines(iou_type: str, figures: Figures, max_dets: Sequence[int]) 
 
     Args:
         iou_type: "bbox", "segm" or "keypoints".
-        figures: See `summarize`; None becomes -1.
-        max_dets: Of the evaluation, ``Params.maxDets``.
+        figures: Value of every summary line by name, from `summarize`; None is printed as -1.
+        max_dets: The limits of detections per image, three, or one for keypoints: ``Params.maxDets``.
     """
     lines = [f"IoU metric: {iou_type}"]
     for name, array, threshold, area, m in KEYPOINT_SUMMARY if iou_type == "keypoints" else DETECTION_SUMMARY:

@@ -23,7 +23,7 @@ class SavedMatches:
         class_names: K names.
         thresholds: float64 [T], IoU or OKS.
         recall_grid: float64 [R].
-        fingerprint: Of all annotations of the evaluated images.
+        fingerprint: Hash of the objects to find, masks by box and area; must agree for a comparison.
         settings: `EvalResult.settings`: what two evaluations must share to be compared.
     """
 

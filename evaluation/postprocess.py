@@ -76,8 +76,8 @@ def blocks_of_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> li
     Args:
         masks: float [N, 1, M, M] in 0..1, each inside its box.
         boxes: float [N, 4] xyxy in image pixels.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
     """
     padded, scale = expand_masks(masks.to("cpu", torch.float32), padding=1)
     corners = expand_boxes(boxes.to("cpu", torch.float32), scale).to(torch.int64).tolist()

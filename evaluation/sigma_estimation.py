@@ -103,7 +103,7 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
         annotators: Two or more.
         area_factor: Area of an object as a share of its box, the mean box of the annotators: 1 for ``--oks-area
             box``, 0.53 for ``box53``.
-        seed: Of the bootstrap over objects.
+        seed: Chooses the objects of each resample, for the intervals.
 
     Raises:
         ValueError: Fewer than two annotators, other numbers of keypoints, or no object in common.
@@ -162,7 +162,7 @@ def _spread(points: np.ndarray, area: float) -> np.ndarray:
 
     Args:
         points: float64 [R, K, 3].
-        area: Of the object.
+        area: Area of the object in square pixels.
     """
     labelled = points[:, :, 2] > 0
     count = labelled.sum(axis=0)

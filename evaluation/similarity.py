@@ -128,7 +128,7 @@ def object_keypoint_similarity(
         points: float64 [D, K, 3] detected; their third number is not read.
         truth: float64 [K, 3] of the object.
         truth_box_xywh: float64 [4] of the object.
-        area: Of the object.
+        area: Area of the object in square pixels, see ``oks_area`` of `CocoEvaluator`.
         sigmas: float64 [K].
     """
     x, y, labelled = points[:, :, 0], points[:, :, 1], truth[:, 2] > 0

@@ -22,7 +22,7 @@ class Agreement:
     Attributes:
         detections: Pairs compared.
         box: Pixels.
-        score: Of the class.
+        score: Class score, in 0..1.
         keypoint: Pixels.
         mask: Share of pixels.
         left_over: Detections at the very end of a list (lowest score) without a partner, which is allowed.

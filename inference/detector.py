@@ -39,9 +39,9 @@ class Detector:
 
     Attributes:
         model: On the CPU, in evaluation mode.
-        spec: Of the model.
+        spec: What the model was built from.
         label_map: Classes, and the dataset's category ids.
-        skeleton: Of its keypoints.
+        skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
         score_threshold: That of the best F1 in the evaluation that the checkpoint holds; None without one.
     """
 

@@ -94,8 +94,8 @@ def reach_of_anchors(model: nn.Module, objects: ObjectSizes) -> AnchorReach:
     """Compare every box with the anchors on its image.
 
     Args:
-        model: Of `build_skeleton_model`, or with weights.
-        objects: Of `resize_objects`.
+        model: Gives the anchors; weights are not read, `build_skeleton_model` will do.
+        objects: Boxes after the model's resize, from `resize_objects`.
     """
     divisor = model.get_submodule("transform").size_divisible
     padded = np.stack([-(-side // divisor) * divisor for side in (objects.heights, objects.widths)], axis=1)

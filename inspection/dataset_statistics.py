@@ -175,7 +175,7 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) ->
     Args:
         part: The objects.
         resized: They after the model's resize.
-        reach: Of the model's anchors for them.
+        reach: How well the model's anchors fit the resized boxes.
     """
     sides = resized.boxes[:, 2:] - resized.boxes[:, :2]
     short = sides.min(axis=1)

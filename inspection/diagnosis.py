@@ -102,7 +102,7 @@ def try_training_data(source: Source, task: str, build: Callable[[Data], Built])
 
     Args:
         source: Which data.
-        task: See `load_data`.
+        task: ``box``, ``mask`` or ``keypoint``: what the model learns.
         build: Makes of the data what training makes; its ValueErrors are errors of the data too.
 
     Returns:

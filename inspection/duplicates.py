@@ -75,8 +75,8 @@ def fingerprint_images(
     A terminal shows a progress bar.
 
     Args:
-        annotations: Of the split.
-        root: Of the file names.
+        annotations: Names the files of the split's pictures.
+        root: Folder that file names are relative to.
         indices: int64, images that exist and decode.
         cache_dir: Where fingerprints are remembered; None for the default.
         workers: Threads; as many as there are cores by default.
@@ -122,7 +122,7 @@ def find_equal_pairs(first: Fingerprints, second: Fingerprints | None = None) ->
     Each picture is paired with the best of its equals, inside one split with an earlier one.
 
     Args:
-        first: Whose pictures are looked for.
+        first: The pictures to look up, one by one.
         second: Where they are looked for; None for ``first`` itself.
 
     Yields:

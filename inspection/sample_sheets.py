@@ -46,7 +46,7 @@ def annotated_sheet(split: Split, dataset: DetectionDataset, samples: list[int])
 
     Args:
         split: The training split.
-        dataset: Of training.
+        dataset: The training dataset.
         samples: Positions in it.
 
     Returns:
@@ -74,9 +74,9 @@ def augmented_sheet(split: Split, loader: DeviceLoader, samples: list[int], epoc
 
     Args:
         split: The training split.
-        loader: Of training, on the CPU.
+        loader: The training loader, on the CPU.
         samples: Positions in its dataset.
-        epoch: Whose augmentation is shown.
+        epoch: From 0; augmentation differs between epochs.
 
     Returns:
         uint8 [3, H, W].
@@ -133,8 +133,8 @@ def write_sheets(
     Args:
         folder: Where to; is made.
         split: The training split.
-        loader: Of training, on the CPU.
-        number: Of samples, at the most.
+        loader: The training loader, on the CPU.
+        number: How many samples to draw, at the most.
         preset: Name of the augmentation, for the file name.
         seed: Chooses the samples.
     """

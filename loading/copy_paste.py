@@ -23,7 +23,7 @@ class CopyPaste:
     What is pasted is a function of (seed, the batch's samples). Samples need masks and finished pixels.
 
     Args:
-        seed: Of the run.
+        seed: The run's random seed; it chooses the objects that are pasted.
     """
 
     def __init__(self, seed: int) -> None:

@@ -169,7 +169,7 @@ def build_train_loader(
         distributed: This process.
         batch_size: Images per process and step.
         workers: Loading processes.
-        seed: Of the run.
+        seed: The run's random seed, for the order of the images and all augmentation.
         augmentation: Name of the preset.
         copy_paste: Paste objects between the images of a batch.
         group_factor: k of the aspect-ratio groups.

@@ -78,7 +78,7 @@ class DetectionDataset(Dataset[Sample]):
     whatever worker or process makes it.
 
     Args:
-        annotations: Of all images of the split.
+        annotations: All images of the split with their objects, whether they belong to the dataset or not.
         images: Where their pixels come from.
         label_map: Labels of the categories; objects of others are left out.
         indices: Which images belong to the dataset, int64; all by default.
@@ -86,7 +86,7 @@ class DetectionDataset(Dataset[Sample]):
         needs_masks: Whether targets carry masks.
         needs_keypoints: Whether targets carry keypoints.
         flip_order: int [K], see `Placement.move_keypoints`.
-        seed: Of the run.
+        seed: The run's random seed, for augmentation.
         with_targets: Whether a sample has boxes and labels, or only its image id as scoring needs.
         resize_on_device: Leave resizing, placing and mirroring to the device, see `lazy_image.finish_pixels`.
     """

@@ -40,10 +40,10 @@ class Split:
 
     Attributes:
         name: For messages.
-        annotations: Of all images.
+        annotations: All images of the split with their objects, unusable images included.
         images: Where the pixels come from.
         indices: The usable images, int64.
-        skeleton: Of the keypoints.
+        skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
         unused: Pictures below the image folder that no entry names.
     """
 
@@ -123,7 +123,7 @@ def load_custom_split(
     """Read ``train`` or ``test`` (for the role ``val``) below ``root`` and decode every image once.
 
     Args:
-        root: Of the dataset; may hold ``dataset.json``.
+        root: Folder of the dataset, with ``train``, ``test`` and perhaps ``dataset.json``.
         role: ``train`` or ``val``.
         on_bad_data: ``error`` or ``skip``.
         needs_masks: Whether an object without a segmentation is an error.

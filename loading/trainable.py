@@ -44,7 +44,7 @@ class Trainable:
     """The objects of a split, counted.
 
     Attributes:
-        name: Of the split, for messages.
+        name: What messages call the split.
         categories: (id, name) of every class.
         counts: int64 [C], objects of each class that are trained on.
         left_out: int64 [reasons, C], objects of each class that are not, in the order of `REASONS`.
@@ -139,9 +139,9 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     """Count the objects of a split.
 
     Args:
-        split: Of the objects.
+        split: Holds the images and their objects.
         label_map: Classes of the model.
-        spec: Of the model: its resize counts.
+        spec: Says how far the model shrinks an image; objects under a pixel then are left out.
         images: Which images are trained on, int64.
     """
     annotations = split.annotations

@@ -105,7 +105,7 @@ def distribute(model: nn.Module, device: torch.device, accumulate: int = 1) -> n
 
     Args:
         model: On its device.
-        device: Of this process.
+        device: What this process trains on; a GPU of its own with CUDA.
         accumulate: Steps per update.
     """
     if not dist.is_initialized():
@@ -136,7 +136,7 @@ def profile_steps(steps: int, folder: Path | None, device: torch.device) -> Iter
     Args:
         steps: How many; 0 profiles nothing.
         folder: Where ``trace.json`` goes, which chrome://tracing and https://ui.perfetto.dev open; None writes none.
-        device: Whose time counts.
+        device: What training runs on; items are sorted by the time they take there.
     """
     if not steps:
         yield lambda: None

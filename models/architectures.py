@@ -27,7 +27,7 @@ class Backbone:
     """A classification network that detectors are built on.
 
     Attributes:
-        name: Of its builder in torchvision.models.
+        name: Name of its builder in torchvision.models.
         weights: Its weights enum.
         stages: Prefixes of its parameter names, from the input on; the last n stay trainable with
             ``--trainable-backbone-layers n``.

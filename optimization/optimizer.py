@@ -75,7 +75,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     both in the order of memory.
 
     Args:
-        optimizer: Of the same kind and over the same parameters as the checkpoint's.
+        optimizer: The same class as in the checkpoint, over the same parameters in the same order.
         state: Its ``state_dict()``.
     """
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]

@@ -23,7 +23,7 @@ class LearningRate:
         scheduler: ``multisteplr``: times ``gamma`` at each of ``milestones``; ``cosineannealinglr``: down to 0
             at the end of the run. Both change between epochs.
         milestones: Epochs.
-        gamma: See ``scheduler``.
+        gamma: Factor of the rate at each milestone; ``multisteplr`` only.
         warmup_iters: Over so many updates the rate climbs linearly from `WARMUP_START` of itself.
     """
 

@@ -17,9 +17,10 @@ class StepOptions:
     """How the steps of a run go; the same from its first step to its last.
 
     Attributes:
-        seed: Of the run.
+        seed: The run's random seed; with epoch and batch number it seeds the random draws of each step.
         amp_dtype: Autocast to this type; None computes in float32.
-        scaler: Of gradients, for float16; its scale is part of the checkpoint.
+        scaler: Scales the loss so that float16 gradients do not vanish; its scale is part of the checkpoint. None
+            with other types.
         accumulate: Batches whose gradients are added before each update.
         clip_grad_norm: Largest norm of the gradient; None leaves it as it is.
         on_nan: With a loss or gradient that is not finite: ``stop`` ends the run, ``skip`` skips the update.
@@ -52,7 +53,7 @@ def add_gradients(
         model: In DDP or bare; returns a dict of losses.
         images: float [3, H, W] in 0..1 each, on the device.
         targets: The objects of each image.
-        options: Of the run.
+        options: Autocast type and gradient scaler are read.
         weight: Share of this batch in its update.
         is_update: Whether an update follows; only then DDP averages the gradients over the processes.
 
@@ -76,7 +77,7 @@ def update_parameters(optimizer: torch.optim.Optimizer, options: StepOptions, no
 
     Args:
         optimizer: With fused kernels.
-        options: Of the run.
+        options: Gradient scaler and largest norm are read.
         non_finite: float, on the device: 1 where a loss of this update was not finite.
 
     Returns:

@@ -13,7 +13,7 @@ class WeightAverage:
     number n of updates, up to ``decay`` (as TensorFlow's ExponentialMovingAverage does with ``num_updates``).
 
     Args:
-        model: Whose weights are averaged; bare, on its device.
+        model: Its weights are where the average starts; bare, not in DDP, on its device.
         decay: Share of the old average that stays, in 0..1.
     """
 

@@ -27,8 +27,8 @@ class View:
     """How a canvas shows a source image: ``canvas = scale * source + offset``, then mirrored if ``flipped``.
 
     Attributes:
-        height: Of the canvas.
-        width: Of the canvas.
+        height: Height of the canvas in pixels.
+        width: Width of the canvas in pixels.
         scale_x: Canvas pixels per source pixel.
         scale_y: Canvas pixels per source pixel.
         offset_x: Canvas position of the source's left edge, before mirroring.
@@ -145,8 +145,8 @@ class Placement:
     Attributes:
         source: (left, top, right, bottom) in source pixels.
         target: (left, top, right, bottom) on the canvas, before mirroring.
-        height: Of the canvas.
-        width: Of the canvas.
+        height: Height of the canvas in pixels.
+        width: Width of the canvas in pixels.
         flipped: Whether the canvas is mirrored left to right.
         fill: RGB in 0..255 around ``target``.
         antialias: Whether shrinking averages over source pixels.

@@ -60,8 +60,8 @@ class ImageHeader:
     """What the header of an image file says, without decoding it.
 
     Attributes:
-        height: Of the stored pixels.
-        width: Of the stored pixels.
+        height: Rows of pixels in the file, before EXIF rotation.
+        width: Columns of pixels in the file, before EXIF rotation.
         orientation: EXIF orientation, 1 where there is none.
         mode: Pillow's colour mode.
     """

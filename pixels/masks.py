@@ -40,8 +40,8 @@ def block_from_polygons(polygons: Sequence[np.ndarray], height: int, width: int)
 
     Args:
         polygons: float64 [2 P] each, as x, y, x, y, ... in pixels.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
     """
     if not polygons:
         return EMPTY_BLOCK

@@ -28,7 +28,7 @@ def drawn_truth(
     Args:
         annotations: The ground truth.
         i: Position of the image in it.
-        names: Of the classes by category id; an empty one is not written.
+        names: Class names by category id; an empty one is not written.
         with_masks: Draw masks; every object needs a segmentation or a box.
         with_keypoints: Draw keypoints.
     """
@@ -49,7 +49,7 @@ def drawn_detections(detections: Detections, names: Mapping[int, str]) -> Drawn:
     Args:
         detections: With boxes; masks as blocks. A keypoint with v 0 is not drawn, others are drawn as visible, since
             models say nothing of hidden points.
-        names: Of the classes by category id; an empty one is not written, a class that is not among them is "?".
+        names: Class names by category id; an empty one is not written, a class that is not among them is "?".
     """
     assert detections.boxes_xywh is not None
     ids = detections.category_ids

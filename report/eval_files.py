@@ -42,11 +42,11 @@ def write_evaluation(
     """Write the folder ``eval`` of the newest evaluation; on the first process.
 
     Args:
-        run_dir: Of the run.
+        run_dir: The run's folder.
         evaluator: That gave the figures.
         scored: With analysis.
         split: The evaluated images.
-        epoch: Of the model; None outside training.
+        epoch: Epoch of the evaluated model, from 0; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, for the pictures; None leaves them out.
     """
     result, analysis = scored.result, scored.analysis

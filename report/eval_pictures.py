@@ -34,8 +34,8 @@ class Example:
     Attributes:
         picture: Name of the picture file.
         sort: "worst" or "best".
-        image_id: Of the image.
-        file_name: Of the image.
+        image_id: The image's id in the annotations.
+        file_name: The image's file as the annotations name it.
         objects: Number of objects.
         detections: Number of detections that count.
         hits: Objects found.
@@ -64,7 +64,7 @@ def draw_examples(
 
     Args:
         folder: Where to.
-        evaluator: Of the evaluation.
+        evaluator: Holds the ground truth of the evaluated images.
         images: Hits and mistakes of its images.
         split: Where pixels come from.
         predictions_dir: With ``predictions_<kind>.json`` of every kind of score.
@@ -126,8 +126,8 @@ def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i
 
     Args:
         of_image: Records by kind of score in one order, those of keypoints perhaps fewer.
-        annotations: Of the split.
-        i: Of the image.
+        annotations: Gives the size of the image, and the number of keypoints.
+        i: Position of the image in ``annotations``.
         score_threshold: For the boxes.
     """
     boxes, masks, points = of_image["bbox"], of_image.get("segm"), of_image.get("keypoints")

@@ -43,11 +43,11 @@ def publish(
     What goes wrong becomes a warning: a run does not end because a picture could not be drawn. On the first process.
 
     Args:
-        run_dir: Of the run.
+        run_dir: The run's folder.
         evaluator: That gave the figures.
         scored: With report.
         split: The evaluated images.
-        epoch: Of the model; None outside training.
+        epoch: Epoch of the evaluated model, from 0; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, or None.
         is_best: Whether it is the best epoch so far: its files are kept in ``best``.
     """

@@ -127,7 +127,7 @@ def plot_lines(
     Args:
         epochs: Numbers of the epochs.
         lines: Values by name, one per epoch; None leaves a gap.
-        label: Of the vertical axis.
+        label: Text beside the vertical axis.
         bands: By the same names [low, high] or None per epoch: drawn as a band around the line.
         from_zero: Whether the vertical axis starts at 0.
     """

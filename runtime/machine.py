@@ -68,7 +68,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
     """Warn when the batches that loading processes hold ready may not fit into shared memory.
 
     Args:
-        batch_bytes: Of the largest batch.
+        batch_bytes: Size of the largest batch that can occur, in bytes.
         workers: Loading processes of this process; each holds two batches ready.
     """
     if not workers or not SHARED_MEMORY.is_dir():

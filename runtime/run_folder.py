@@ -43,7 +43,7 @@ def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path
         given: ``--output-dir``; an empty text saves nothing.
         dataset: Name of the dataset.
         model: Name of the model.
-        root: Of the dataset; a custom dataset keeps its results beside it.
+        root: Folder of the dataset; the results of a custom dataset go below it.
     """
     if given is not None:
         return Path(given) if given else None

@@ -18,7 +18,7 @@ def rebuild_model(
     """Build the checkpoint's own model, with its weights.
 
     Args:
-        content: Of the checkpoint.
+        content: A checkpoint as it was read: ``model_spec``, ``model`` and perhaps averaged weights.
         wanted: What flags and data ask for: name, classes and keypoints must agree; sizes and the limit of
             detections are taken from here where it has them.
         averaged: Take the averaged weights where there are any, as the checkpoint's metrics do; training goes on with

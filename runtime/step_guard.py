@@ -37,7 +37,7 @@ class StepGuard:
         device: Where losses are.
         stop: This process's own wish to stop.
         progress: Counts the updates skipped in a row, over epochs.
-        options: Of the run.
+        options: Says with ``on_nan`` whether a bad step ends the run, and where its batch is saved.
         stopping: Whether a rank was asked to stop.
     """
 
@@ -70,9 +70,9 @@ class StepGuard:
         """Send the flags of the step that was reduced last to the host, without waiting.
 
         Args:
-            record: Of the step.
-            skipped: Of its update, see `update_parameters`; None for a step without one. The same on all ranks, as
-                the gradients are.
+            record: The step whose flags these are; it is named if one of them is set.
+            skipped: float, on the device: 1 if the update was skipped, from `update_parameters`; None for a step
+                without one. The same on all ranks, as the gradients are.
         """
         flags = torch.cat([self._flags, self._flags.new_zeros(1) if skipped is None else skipped[None]])
         on_host = flags.to("cpu", non_blocking=self.device.type != "mps")  # MPS does not order such copies
@@ -116,10 +116,10 @@ def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: 
     """Say which loss, or that the gradient, was not finite and on which images.
 
     Args:
-        record: Of the step.
+        record: The step that was not finite.
         is_loss: Whether it was a loss, on any rank; else the gradient.
         given_up: Whether too many updates in a row were skipped.
-        options: Of the run; on its ``debug_folder`` the batch is saved.
+        options: ``on_nan`` is read, and ``debug_folder``: the batch is saved there.
 
     Raises:
         NonFiniteLossError: With ``on_nan`` stop, or if ``given_up``.

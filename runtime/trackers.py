@@ -32,7 +32,7 @@ class StepRecord:
         updates: Optimizer updates since the start of the run, this step's included.
         is_update: Whether the optimizer takes a step after it.
         lr: Rate of its update.
-        names: Of the loss terms.
+        names: Names of the loss terms, in the order of ``losses``.
         losses: float32 [len(names)], on the device; reading them on the host waits for it.
         images: The batch.
         targets: The batch.
@@ -135,10 +135,10 @@ def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], 
     Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder; is made.
         epoch: From 0; None for an evaluation alone.
-        averages: See `train_one_epoch`.
-        scores: See `Scored.to_plain`; empty for an epoch without evaluation.
+        averages: The epoch's mean losses, times and learning rate by name, see `EpochLog.finish`.
+        scores: The evaluation's figures, see `Scored.to_plain`; empty for an epoch without evaluation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]

@@ -29,10 +29,10 @@ class EvalSetup:
     """What models are scored on.
 
     Attributes:
-        loader: Of the images, with an `EvalBatchSampler`.
-        evaluator: Of the same images.
+        loader: Yields the images in the batches of an `EvalBatchSampler`.
+        evaluator: Holds the ground truth of the same images.
         label_map: What the model's labels mean.
-        loss_loader: Of the same images with targets, for their loss; None leaves the loss out.
+        loss_loader: Yields the same images with their objects, for the validation loss; None leaves it out.
     """
 
     loader: DeviceLoader
@@ -49,7 +49,7 @@ class Scored:
         result: COCO's figures, on every process.
         analysis: The rest, on the first process.
         intervals: `bootstrap.metric_intervals`, on every process.
-        losses: Of the images, see `validation_loss`, on every process; empty where not wanted.
+        losses: ``loss`` and each of its terms from `validation_loss`, on every process; empty where not wanted.
     """
 
     result: EvalResult

@@ -33,9 +33,9 @@ class Plan:
     Attributes:
         state: With the start weights.
         loader: For training.
-        learning_rate: Of every update.
+        learning_rate: Gives the rate of every update.
         accumulate: Steps per update.
-        output_dir: Of the run, or None.
+        output_dir: The run's folder; None saves nothing.
         keep_checkpoints: How many checkpoints stay; 0: one per epoch.
     """
 
@@ -180,8 +180,8 @@ def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray) 
 
     Args:
         batches: Indices of pictures, [number of batches, batch size].
-        heights: Of the pictures.
-        widths: Of the pictures.
+        heights: int [N], of all pictures, in pixels.
+        widths: int [N], of all pictures, in pixels.
     """
     padded = heights[batches].max(axis=1).astype(np.int64) * widths[batches].max(axis=1)
     return batches[int(np.argmax(padded))]
@@ -191,7 +191,7 @@ def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
     """Train on the batch that takes most memory, and return what it took; the weights are not the same afterwards.
 
     Args:
-        plan: Of the run.
+        plan: Its loader, optimizer and length of the run are used.
         model: ``plan.state.model``, in DDP where there are several processes.
         options: How each step goes; the same as in training, so that memory and time are.
     """

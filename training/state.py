@@ -40,16 +40,16 @@ class TrainingState:
 
     Attributes:
         model: Bare, not in DDP.
-        spec: Of the model.
+        spec: What the model was built from.
         optimizer: Its optimizer.
         scaler: For float16.
-        average: Of the weights, or None.
+        average: Moving average of the weights; None without ``--ema``.
         data: What it is trained on.
         flags: The command line as plain values.
         order: What the order of the batches follows from, see `GroupedBatchSampler.describe`.
         progress: Where the run is.
         averages: Losses and times of the last epoch.
-        metrics: Of the last evaluation, with what they depend on.
+        metrics: Plain figures of the last evaluation, with what they depend on; empty before the first.
         best: ``metric``, ``value``, ``epoch`` and ``interval`` of the best evaluation; ``since``: how many came after.
     """
 
@@ -171,10 +171,10 @@ class TrainingState:
         """Take an epoch's averages and move on to the next; returns its number, or None where it was cut short.
 
         Args:
-            averages: See `train_one_epoch`.
-            num_batches: Of the whole epoch.
+            averages: Mean losses and times by name, see `EpochLog.finish`.
+            num_batches: Batches of a whole epoch, over all processes.
             eval_every: Epochs between evaluations, the last one always; 0 for none.
-            epochs: Of the run.
+            epochs: Length of the run.
         """
         self.averages = {**averages, "lr": self.optimizer.param_groups[0]["lr"]}
         progress = self.progress
@@ -195,7 +195,7 @@ class TrainingState:
         So it is after going back to an older checkpoint, whose later epochs are given up, and in a new folder.
 
         Args:
-            best_epoch: See `RunFolder.best_epoch`.
+            best_epoch: Epoch that the run's folder holds as the best; None where it holds none.
         """
         if self.best and self.best["epoch"] != best_epoch:
             held = "no best epoch" if best_epoch is None else f"epoch {best_epoch} as the best"
@@ -240,7 +240,7 @@ class EndOfUpdate(Tracker):
     """After every update: moves the averaged weights, and saves inside an epoch where the user asked for that.
 
     Attributes:
-        state: Of the run.
+        state: Gives the weights to average and the content of checkpoints.
         output: Where checkpoints go.
         checkpoint_every: ``--checkpoint-every``: updates, or minutes as `datetime.timedelta`; None saves at the ends
             of epochs alone.
