@@ -118,7 +118,7 @@ def format_differences(title: str, rows: dict[str, Difference]) -> str:
     return "\n".join(lines)
 
 
-def describe(path: Path) -> str:
+def format_evaluation(path: Path) -> str:
     """Return an evaluation's folder and epoch."""
     epoch = read_summary(path).get("epoch")
     return f"{path}" if epoch is None else f"{path}, epoch {epoch}"
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"the runs have no kind of score in common: {', '.join(first)} and {', '.join(second)}")
     for kind in kinds:
         check_comparable(first[kind], second[kind], kind)
-    print(f"first:  {describe(folders[0])}\nsecond: {describe(folders[1])}")
+    print(f"first:  {format_evaluation(folders[0])}\nsecond: {format_evaluation(folders[1])}")
     content: dict[str, Any] = {}
     for kind in kinds:
         figures, per_class = compare_matches(first[kind], second[kind], args.resamples, args.seed)

@@ -217,7 +217,7 @@ def run_onnx(path: Path, names: list[str]) -> Runner:
     return lambda image: dict(zip(names, session.run(names, {"image": image.numpy()})))
 
 
-def describe(detector: Detector) -> dict[str, Any]:
+def build_metadata(detector: Detector) -> dict[str, Any]:
     """Return what a user of the exported file needs to know, as plain values."""
     spec, labels = detector.spec, detector.label_map
     architecture = spec.architecture
@@ -290,9 +290,9 @@ def main(args: argparse.Namespace) -> int:
         try:
             exported_model = exportable(detector.model, detector.spec, args.format)
             if args.format == "onnx":
-                write_onnx(exported_model, temporary, describe(detector), pictures[0][1], names)
+                write_onnx(exported_model, temporary, build_metadata(detector), pictures[0][1], names)
             else:
-                write_torchscript(exported_model, temporary, describe(detector))
+                write_torchscript(exported_model, temporary, build_metadata(detector))
         except Exception as error:  # exporters raise what they like
             if isinstance(error, (OSError, ValueError)):
                 raise

@@ -37,7 +37,7 @@ def group_by_aspect_ratio(heights: np.ndarray, widths: np.ndarray, k: int) -> np
     return np.searchsorted(aspect_ratio_edges(k), widths / heights, side="right")
 
 
-def describe_groups(groups: np.ndarray, k: int) -> str:
+def format_groups(groups: np.ndarray, k: int) -> str:
     """Return one line with the edges and the number of images in each non-empty group."""
     edges = [0.0, *aspect_ratio_edges(k).tolist(), float("inf")] if k >= 0 else [0.0, float("inf")]
     counts = np.bincount(groups, minlength=len(edges) - 1)
@@ -99,7 +99,7 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         self.num_batches = num_images // self.batch_size
         self.set_epoch(0)
 
-    def describe(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         """Return what the order of the batches follows from, as plain values; processes do not matter."""
         shapes = hashlib.sha256(self.ratios.tobytes()).hexdigest()[:16]
         sizes = {"training images": len(self.ratios), "batch size": self.batch_size, "seed": self.seed}

@@ -33,7 +33,7 @@ from inference.detector import (
     BadFile,
     Detector,
     Prediction,
-    describe_left_out,
+    format_left_out,
     load_detector,
     predict_files,
     search_images,
@@ -166,7 +166,7 @@ def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> Non
     save_picture(draw_objects(prediction.image, drawn, detector.skeleton, keypoint_names=True), path)
 
 
-def describe_run(
+def run_to_plain(
     args: argparse.Namespace,
     detector: Detector,
     threshold: float,
@@ -203,7 +203,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         threshold, origin = DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
     logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
     if files.left_out:
-        logger.warning("left out: %s", describe_left_out(files.left_out))
+        logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
     output_dir = make_output_dir(args.output_dir)
 
@@ -265,7 +265,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     done = {entry["id"] for entry in images + bad}
     not_reached = [{"id": n + 1, "file_name": str(path)} for n, path in enumerate(paths) if n + 1 not in done]
     with whole_file(output_dir / "images.json") as file:
-        content = describe_run(args, detector, threshold, images, bad, not_reached, files.left_out)
+        content = run_to_plain(args, detector, threshold, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)
     if stop.signal_name is not None:
         print(

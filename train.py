@@ -145,7 +145,7 @@ def main(
         train_loader, sampler = build_batches(args, data, spec, distributed)
         learning_rate = build_learning_rate(args, sampler)
         options = build_step_options(args, device, output_dir)
-        state = build_state(args, data, bare_model, spec, learning_rate.base, options.scaler, sampler.describe())
+        state = build_state(args, data, bare_model, spec, learning_rate.base, options.scaler, sampler.to_plain())
         if checkpoint is not None:
             state.restore(checkpoint)
         if args.compile:
@@ -154,7 +154,7 @@ def main(
 
         # Plan
         plan = Plan(state, train_loader, learning_rate, args.accumulate, output_dir, args.keep_checkpoints)
-        logger.info("%s", plan.describe())
+        logger.info("%s", plan.format_lines())
         plan.check_output()
         if args.dry_run:
             logger.info("%s", rehearse(plan, model, options))

@@ -122,7 +122,7 @@ def search_images(paths: Sequence[str]) -> ImageFiles:
                 if matches or others
                 else "no such file or folder, and no file matches it as a pattern"
             )
-            raise FileNotFoundError("; ".join(filter(None, [f"{text}: {what}", describe_left_out(others)])))
+            raise FileNotFoundError("; ".join(filter(None, [f"{text}: {what}", format_left_out(others)])))
         for file in files:
             found.setdefault(file.resolve(), file)
         left_out |= others
@@ -150,7 +150,7 @@ def _expand(pattern: str) -> tuple[list[Path], dict[Path, str]]:
     return matches, results
 
 
-def describe_left_out(left_out: Mapping[Path, str]) -> str:
+def format_left_out(left_out: Mapping[Path, str]) -> str:
     """Return how many files and folders were left out for which reason, with examples, as one line."""
     of_reason: dict[str, list[str]] = {}
     for path, reason in left_out.items():

@@ -92,7 +92,7 @@ class SplitObjects:
         return f"{self.annotations.file_name(int(self.image_of[n]))}: {self.class_name(n)} [{box}]"
 
 
-def describe_split(part: SplitObjects) -> list[str]:
+def format_split(part: SplitObjects) -> list[str]:
     """Return a few lines: images, objects, classes."""
     annotations = part.annotations
     per_image = np.diff(annotations.object_starts)
@@ -213,7 +213,7 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) ->
     return seen
 
 
-def describe_sizes(resized: ObjectSizes, reach: AnchorReach) -> list[str]:
+def format_sizes(resized: ObjectSizes, reach: AnchorReach) -> list[str]:
     """Return lines about size and anchors of all objects."""
     if not len(reach.best):
         return []

@@ -23,11 +23,11 @@ from inspection.dataset_statistics import (
     check_repeated_objects,
     check_segmentations_against_boxes,
     check_sizes,
-    describe_sizes,
-    describe_split,
+    format_sizes,
+    format_split,
 )
 from inspection.duplicates import Fingerprints, find_equal_pairs, fingerprint_images
-from inspection.keypoint_statistics import check_keypoint_labels, describe_keypoints
+from inspection.keypoint_statistics import check_keypoint_labels, format_keypoints
 from inspection.observations import Observation, observe_worst
 from loading.samples import ImageFolder
 from loading.splits import Data, Source, Split, load_data
@@ -266,7 +266,7 @@ def look_at_objects(
     for role, part in parts.items():
         resized = resize_objects(model, part.boxes, part.sizes[:, 1], part.sizes[:, 0])
         reach = reach_of_anchors(model, resized)
-        facts[role] = describe_split(part) + describe_sizes(resized, reach)
+        facts[role] = format_split(part) + format_sizes(resized, reach)
         of_part = check_box_format(part)
         of_part += check_repeated_objects(part)
         of_part += check_segmentations_against_boxes(part)
@@ -274,6 +274,6 @@ def look_at_objects(
         of_part += check_sizes(part, resized, reach) if role == "train" else []
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
-        facts["keypoints"] = describe_keypoints(list(parts.values()))
+        facts["keypoints"] = format_keypoints(list(parts.values()))
     seen += check_class_names([name for part in parts.values() for _, name in part.annotations.categories])
     return seen + check_classes(parts.get("train"), parts["val"]), facts

@@ -29,7 +29,7 @@ def keypoint_names(part: SplitObjects) -> list[str]:
     return list(names) or [f"keypoint {k}" for k in range(part.annotations.num_keypoints)]
 
 
-def describe_keypoints(parts: list[SplitObjects]) -> list[str]:
+def format_keypoints(parts: list[SplitObjects]) -> list[str]:
     """Return a table: per keypoint the share of objects on which it is labelled, and visible."""
     names = keypoint_names(parts[0])
     width = max(map(len, names))

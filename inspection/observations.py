@@ -37,14 +37,14 @@ class Observation:
 
 
 def observe_worst(
-    title: str, scores: np.ndarray, describe: Callable[[int], str], advice: str, *, of: int | None = None
+    title: str, scores: np.ndarray, format_example: Callable[[int], str], advice: str, *, of: int | None = None
 ) -> list[Observation]:
     """Return an observation with the examples of highest score, or nothing where there is none.
 
     Args:
         title: Follows the count.
         scores: float [N], how bad each one is; NaN for one that is not bad.
-        describe: Tells in a line what is at a position, beginning with the file.
+        format_example: Tells in a line what is at a position, beginning with the file.
         advice: What to do.
         of: How many there are in all; N by default.
     """
@@ -53,7 +53,7 @@ def observe_worst(
         return []
     worst = bad[np.argsort(-scores[bad], kind="stable")[:NUM_EXAMPLES]]
     total = len(scores) if of is None else of
-    examples = tuple(describe(int(n)) for n in worst)
+    examples = tuple(format_example(int(n)) for n in worst)
     return [Observation(f"{len(bad)} of {total} {title}", examples, advice, count=len(bad))]
 
 

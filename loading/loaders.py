@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, describe_groups
+from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, format_groups
 from loading.collate import PackedBatch, SharedCollate, Targets, collate_fn, unpack
 from loading.copy_paste import CopyPaste
 from loading.samples import DetectionDataset
@@ -132,7 +132,7 @@ def _build_train_dataset(
     indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
     trainable = count_trainable(data.train, data.label_map, spec, indices)
     text = "training on %d of %d images of %s; objects: %s"
-    logger.info(text, len(indices), len(data.train.annotations), data.train.name, trainable.describe())
+    logger.info(text, len(indices), len(data.train.annotations), data.train.name, trainable.format_counts())
     trainable.check()
     return DetectionDataset(
         data.train.annotations,
@@ -200,7 +200,7 @@ def build_train_loader(
             f"{len(dataset)} training image(s) for {distributed.world_size} process(es) make batches of one; "
             f"{spec.name} needs two, its last maps have one value per channel: start fewer processes or add images"
         )
-    logger.info(describe_groups(sampler.groups, group_factor))
+    logger.info(format_groups(sampler.groups, group_factor))
     batch_bytes = 3 * sampler.batch_size * int((dataset.heights.astype(int) * dataset.widths).max())
     if batch_bytes > SLOT_BYTES:  # smaller ones do not travel through /dev/shm
         check_shared_memory(batch_bytes, workers)

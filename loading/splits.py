@@ -262,7 +262,7 @@ class Data:
         splits = [split for split in (self.train, self.val) if split is not None]
         return hashlib.sha256(b"".join(s.annotations.image_ids[s.indices].tobytes() for s in splits)).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data, as plain values; `load_data` reads it."""
         skeleton = (self.train or self.val).skeleton
         return {
@@ -288,7 +288,7 @@ def load_data(
         source: Which data.
         task: ``box``, ``mask`` or ``keypoint``: what the model learns.
         sigmas: ``--kpt-oks-sigmas``.
-        known: `Data.describe` of a checkpoint that is continued or evaluated.
+        known: `Data.to_plain` of a checkpoint that is continued or evaluated.
         test_only: Leave the training split alone.
 
     Raises:

@@ -75,7 +75,7 @@ class Trainable:
         numbers["were dropped while reading (--on-bad-data skip)"] = self.dropped
         return {reason: number for reason, number in numbers.items() if number}
 
-    def describe(self) -> str:
+    def format_counts(self) -> str:
         """Return the counts in one line."""
         left_out = sum(self.reasons.values())
         text = f"{self.num_objects} to train on"
@@ -100,7 +100,7 @@ class Trainable:
             logger.warning("%s: %d of %d %s", self.name, self.normalised, self.boxes, NORMALISED)
         left_out = sum(self.reasons.values())
         if left_out > MAX_LEFT_OUT * (left_out + self.num_objects):
-            logger.warning("%s: most objects are left out, %s", self.name, self.describe())
+            logger.warning("%s: most objects are left out, %s", self.name, self.format_counts())
         if self.num_objects < FEW:
             logger.warning("%s: only %d object(s) to train on; add pictures", self.name, self.num_objects)
         without = [name for (_, name), count in zip(self.categories, self.counts.tolist()) if not count]
@@ -224,7 +224,7 @@ def check_against_model(data: Data, spec: ModelSpec, on_bad_data: str) -> Data:
     if of_val.normalised:
         logger.warning("%s: %d of %d %s", val.name, of_val.normalised, of_val.boxes, NORMALISED)
     if not of_val.boxes:
-        logger.warning("%s: no object to score; objects: %s", val.name, of_val.describe())
+        logger.warning("%s: no object to score; objects: %s", val.name, of_val.format_counts())
     return replace(data, train=train, val=val)
 
 

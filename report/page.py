@@ -92,7 +92,7 @@ def page_content(run_dir: Path) -> dict[str, Any]:
     return {
         "title": run_dir.resolve().name,
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-        "run": _describe_run(run_dir),
+        "run": _read_args(run_dir),
         "shown": _name_of(summary, "best" if best else "newest"),
         "headline": [_headline(kind, summary) for kind in kinds],
         "evaluations": _evaluations(newest, best),
@@ -142,7 +142,7 @@ def _name_of(summary: dict[str, Any], which: str) -> str:
     return f"{which} evaluation" if epoch is None else f"{which} epoch, {epoch}"
 
 
-def _describe_run(run_dir: Path) -> dict[str, Any]:
+def _read_args(run_dir: Path) -> dict[str, Any]:
     """Return what ``args.json`` says about the run, whatever of it is there."""
     path = run_dir / "args.json"
     try:

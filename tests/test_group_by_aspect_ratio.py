@@ -9,7 +9,7 @@ from group_by_aspect_ratio import (
     EvalBatchSampler,
     GroupedBatchSampler,
     aspect_ratio_edges,
-    describe_groups,
+    format_groups,
     group_by_aspect_ratio,
 )
 
@@ -44,7 +44,7 @@ def test_an_edge_belongs_to_the_wider_group():
 
 
 def test_groups_are_described_with_their_counts():
-    line = describe_groups(np.array([0, 1, 1]), 0)
+    line = format_groups(np.array([0, 1, 1]), 0)
     assert line.endswith("0-1: 1, 1-inf: 2")
 
 

@@ -67,17 +67,17 @@ class Plan:
         moments = 2 if isinstance(self.state.optimizer, torch.optim.AdamW) else 1
         return weights * (2 if self.state.average is not None else 1) + trained * moments
 
-    def describe(self) -> str:
+    def format_lines(self) -> str:
         """Return the plan, a line per subject."""
         data, train = self.state.data, self.state.data.train
         assert train is not None
         trainable = count_trainable(train, data.label_map, self.state.spec, self.loader.dataset.indices)
         rows = {
             "data": self._data(),
-            "objects": trainable.describe(),
+            "objects": trainable.format_counts(),
             "classes": self._classes(trainable),
             "batches": self._batches(),
-            "rate": describe_rate(self.learning_rate),
+            "rate": format_rate(self.learning_rate),
             "model": self._model(),
             "saved": self._saved(),
         }
@@ -151,7 +151,7 @@ class Plan:
             )
 
 
-def describe_rate(learning_rate: LearningRate) -> str:
+def format_rate(learning_rate: LearningRate) -> str:
     """Return the learning rate's course in words."""
     text = f"{learning_rate.base:g} after {learning_rate.warmup_iters} warm-up updates"
     if learning_rate.scheduler == "cosineannealinglr":

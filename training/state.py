@@ -46,7 +46,7 @@ class TrainingState:
         average: Moving average of the weights; None without ``--ema``.
         data: What it is trained on.
         flags: The command line as plain values.
-        order: What the order of the batches follows from, see `GroupedBatchSampler.describe`.
+        order: What the order of the batches follows from, see `GroupedBatchSampler.to_plain`.
         progress: Where the run is.
         averages: Losses and times of the last epoch.
         metrics: Plain figures of the last evaluation, with what they depend on; empty before the first.
@@ -79,7 +79,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "progress": vars(self.progress).copy(),
-            "dataset": self.data.describe(),
+            "dataset": self.data.to_plain(),
             "args": self.flags,
             "order": self.order,
             "averages": self.averages,

@@ -236,7 +236,7 @@ def test_the_largest_batch_is_the_one_with_the_largest_padded_pictures():
     ],
 )  # fmt: skip
 def test_the_rate_is_told_in_words(schedule, text):
-    assert text in run_plan.describe_rate(schedule)
+    assert text in run_plan.format_rate(schedule)
 
 
 def test_a_full_disk_is_found_before_the_first_step(drawn_coco, tmp_path, monkeypatch, capsys):
