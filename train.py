@@ -171,14 +171,14 @@ def main(
         while not agree_to_stop(stop):
             if progress.eval_due:
                 broadcast_buffers(state.scored_model)
-                scored = evaluate_model(state.scored_model, eval_setup, stop=stop, predictions_dir=predictions_dir)
-                if scored is None:  # asked to stop meanwhile: the evaluation starts again when the run is continued
+                evaluation = evaluate_model(state.scored_model, eval_setup, stop=stop, predictions_dir=predictions_dir)
+                if evaluation is None:  # asked to stop meanwhile: the evaluation starts again when the run is continued
                     continue
-                epoch, is_best = progress.epoch - 1, state.end_evaluation(scored.to_plain(), args.best_metric)
+                epoch, is_best = progress.epoch - 1, state.end_evaluation(evaluation.to_plain(), args.best_metric)
                 for tracker in output.trackers:
                     tracker.on_scores(epoch, state.averages, state.metrics)
                 if output.path is not None and distributed.is_main:
-                    publish(output.path, eval_setup.evaluator, scored, data.val, epoch, predictions_dir, is_best)
+                    publish(output.path, eval_setup.evaluator, evaluation, data.val, epoch, predictions_dir, is_best)
                 output.save(state.content(), epoch_done=epoch, is_best=is_best)
             if progress.epoch >= args.epochs or state.is_stale(args.early_stop):
                 return finish(args, state, output, time.monotonic() - started)
@@ -268,10 +268,10 @@ def evaluate_only(
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
     predictions_dir = folder if args.save_predictions else None
-    scored = evaluate_model(model, eval_setup, stop=stop, predictions_dir=predictions_dir)
-    if folder is not None and scored is not None and rank() == 0:
-        append_metrics(folder, None, {}, scored.to_plain())
-        publish(folder, eval_setup.evaluator, scored, data.val, None, predictions_dir)
+    evaluation = evaluate_model(model, eval_setup, stop=stop, predictions_dir=predictions_dir)
+    if folder is not None and evaluation is not None and rank() == 0:
+        append_metrics(folder, None, {}, evaluation.to_plain())
+        publish(folder, eval_setup.evaluator, evaluation, data.val, None, predictions_dir)
     return 0
 
 

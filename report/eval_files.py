@@ -22,7 +22,7 @@ from loading.splits import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, SUMMARY, is_installed
-from training.evaluate_model import Scored
+from training.evaluate_model import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ F1_COLUMNS = {"best_f1": "f1", "precision": "precision", "recall": "recall", "sc
 def write_evaluation(
     run_dir: Path,
     evaluator: CocoEvaluator,
-    scored: Scored,
+    evaluation: Evaluation,
     split: Split,
     *,
     epoch: int | None,
@@ -44,16 +44,16 @@ def write_evaluation(
     Args:
         run_dir: The run's folder.
         evaluator: That gave the figures.
-        scored: With analysis.
+        evaluation: With its analysis.
         split: The evaluated images.
         epoch: Epoch of the evaluated model, from 0; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, for the pictures; None leaves them out.
     """
-    result, analysis = scored.result, scored.analysis
+    result, analysis = evaluation.result, evaluation.analysis
     assert analysis is not None
     with _folder_aside(run_dir / NEWEST_EVAL) as folder:
         images = score_images(result, analysis.score_threshold)
-        _write_tables(folder, scored, analysis)
+        _write_tables(folder, evaluation, analysis)
         _write_images(folder / "images.csv", evaluator, images)
         for kind, saved in result.saved.items():
             saved.save(folder / f"matches_{kind}.npz")
@@ -62,7 +62,7 @@ def write_evaluation(
         examples: list[Example] = []
         if predictions_dir is not None:
             examples = draw_examples(folder, evaluator, images, split, predictions_dir, analysis.score_threshold)
-        summary = {"epoch": epoch, **scored.to_plain()}
+        summary = {"epoch": epoch, **evaluation.to_plain()}
         summary["objects"] = {
             kind: dict(zip(analysis.class_names, counts[:, 0].tolist())) for kind, counts in result.num_truths.items()
         }
@@ -111,13 +111,13 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
             writer.writerow(["" if isinstance(v, float) and np.isnan(v) else v for v in row])
 
 
-def _write_tables(folder: Path, scored: Scored, analysis: Analysis) -> None:
+def _write_tables(folder: Path, evaluation: Evaluation, analysis: Analysis) -> None:
     """Write figures, classes, curves, confusions and keypoint errors."""
-    result, names = scored.result, analysis.class_names
+    result, names = evaluation.result, analysis.class_names
     rows = []
     for kind, figures in result.metrics.items():
         for name, value in figures.items():
-            rows.append([kind, name, value, *(scored.intervals.get(kind, {}).get(name) or (None, None))])
+            rows.append([kind, name, value, *(evaluation.intervals.get(kind, {}).get(name) or (None, None))])
     _write_csv(folder / "figures.csv", ["kind", "figure", "value", "low", "high"], rows)
     for kind, per_class in result.per_class.items():
         header = ["class", "objects", *(c for c in CLASS_COLUMNS if c in result.metrics[kind]), *F1_COLUMNS]

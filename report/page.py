@@ -20,7 +20,7 @@ from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, is_installed, read_summary
 from runtime.trackers import read_metrics
-from training.evaluate_model import Scored
+from training.evaluate_model import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ NO_LOSSES = ("seconds", "img_per_s", "data_wait", "max_mem_mb", "lr")
 def publish(
     run_dir: Path,
     evaluator: CocoEvaluator,
-    scored: Scored,
+    evaluation: Evaluation,
     split: Split,
     epoch: int | None,
     predictions_dir: Path | None = None,
@@ -45,7 +45,7 @@ def publish(
     Args:
         run_dir: The run's folder.
         evaluator: That gave the figures.
-        scored: With report.
+        evaluation: With its analysis.
         split: The evaluated images.
         epoch: Epoch of the evaluated model, from 0; None outside training.
         predictions_dir: With ``predictions_<kind>.json`` of this evaluation, or None.
@@ -53,7 +53,7 @@ def publish(
     """
     started = time.perf_counter()
     try:
-        write_evaluation(run_dir, evaluator, scored, split, epoch=epoch, predictions_dir=predictions_dir)
+        write_evaluation(run_dir, evaluator, evaluation, split, epoch=epoch, predictions_dir=predictions_dir)
         if is_best:
             keep_best(run_dir, evaluator.iou_types, predictions_dir)
         write_page(run_dir)

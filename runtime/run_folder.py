@@ -163,7 +163,7 @@ def _git_commit() -> str | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what stands in an evaluation's ``summary.json``: epoch and `Scored.to_plain`; empty where there is none.
+    """Return what stands in an evaluation's ``summary.json``: epoch and `Evaluation.to_plain`; {} if there is none.
 
     Raises:
         ValueError: The file is damaged.

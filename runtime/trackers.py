@@ -62,7 +62,7 @@ class Tracker:
         """Hear of a finished epoch: its averages, see `EpochLog.finish`."""
 
     def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
-        """Hear of an epoch's evaluation: its averages again, and `Scored.to_plain`."""
+        """Hear of an epoch's evaluation: its averages again, and `Evaluation.to_plain`."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ def build_trackers(folder: Path) -> list[Tracker]:
 
 
 def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `Scored.to_plain`.
+    """Add a line to ``metrics.jsonl``: an epoch's losses and times, and `Evaluation.to_plain`.
 
     Lines of this epoch and of later ones, left by a run that was continued from an older checkpoint, go.
 
@@ -138,7 +138,7 @@ def append_metrics(folder: Path, epoch: int | None, averages: dict[str, float], 
         folder: The run's folder; is made.
         epoch: From 0; None for an evaluation alone.
         averages: The epoch's mean losses, times and learning rate by name, see `EpochLog.finish`.
-        scores: The evaluation's figures, see `Scored.to_plain`; empty for an epoch without evaluation.
+        scores: The evaluation's figures, see `Evaluation.to_plain`; empty for an epoch without evaluation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*read_metrics(folder), {"epoch": epoch, "train": averages, **scores}]

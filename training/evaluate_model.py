@@ -42,13 +42,13 @@ class EvalSetup:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What an evaluation gave.
+class Evaluation:
+    """One evaluation of a model: COCO's figures, and what is worked out beside them.
 
     Attributes:
-        result: COCO's figures, on every process.
-        analysis: The rest, on the first process.
-        intervals: `bootstrap.metric_intervals`, on every process.
+        result: COCO's figures, and on the first process the matches behind them.
+        analysis: Best F1, confusions and the like, on the first process; None on the others.
+        intervals: 95 % intervals by kind of score and figure, see `metric_intervals`, on every process.
         losses: ``loss`` and each of its terms from `validation_loss`, on every process; empty where not wanted.
     """
 
@@ -73,7 +73,7 @@ def evaluate_model(
     *,
     stop: StopRequest | None = None,
     predictions_dir: Path | None = None,
-) -> Scored | None:
+) -> Evaluation | None:
     """Evaluate, print the figures, and write ``predictions_<kind>.json``; all processes must call it.
 
     Args:
@@ -83,7 +83,7 @@ def evaluate_model(
         predictions_dir: Where predictions go, the same on all processes; None writes none.
 
     Returns:
-        The figures; None if a process was asked to stop.
+        The evaluation; None if a process was asked to stop.
     """
     loader, evaluator, label_map = setup.loader, setup.evaluator, setup.label_map
     writer = None
@@ -110,4 +110,4 @@ def evaluate_model(
     if setup.loss_loader is not None:
         losses = validation_loss(model, setup.loss_loader)
         logger.info("validation  %s", "  ".join(f"{name}: {value:.4f}" for name, value in losses.items()))
-    return Scored(result, analysis, intervals, losses)
+    return Evaluation(result, analysis, intervals, losses)

@@ -11,7 +11,7 @@ from evaluation.results_files import PredictionWriter
 from pixels.masks import EMPTY_BLOCK
 from report.page import publish
 from runtime.trackers import append_metrics
-from training.evaluate_model import Scored
+from training.evaluate_model import Evaluation
 
 KINDS = {"mask": ["bbox", "segm"], "keypoint": ["bbox", "keypoints"]}
 
@@ -38,7 +38,7 @@ def near_truth(annotations, i, rng, noise):
 
 
 def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions=True, is_best=True):
-    """Do what a run does after an epoch, with detections near the ground truth; returns what was scored."""
+    """Do what a run does after an epoch, with detections near the ground truth; returns (evaluator, evaluation)."""
     annotations, rng = data.val.annotations, np.random.default_rng(seed)
     evaluator = CocoEvaluator(annotations, KINDS[task], sigmas=data.sigmas)
     sizes = {
@@ -51,9 +51,9 @@ def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions
         writer.add([image_id], [detections])
     writer.close()
     result = evaluator.compute()
-    scored = Scored(result, build_analysis(result), metric_intervals(result))
-    scores = scored.to_plain()
+    evaluation = Evaluation(result, build_analysis(result), metric_intervals(result))
+    scores = evaluation.to_plain()
     append_metrics(run_dir, epoch, {"loss": 1.0, "lr": 0.1, "seconds": 1.0}, scores)
     predictions_dir = run_dir if with_predictions else None
-    publish(run_dir, evaluator, scored, data.val, epoch, predictions_dir, is_best)
-    return evaluator, scored
+    publish(run_dir, evaluator, evaluation, data.val, epoch, predictions_dir, is_best)
+    return evaluator, evaluation

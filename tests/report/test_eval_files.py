@@ -83,11 +83,11 @@ def check_tables(folder, result, report, intervals):
 @pytest.mark.parametrize("task", KINDS)
 def test_the_tables_hold_the_evaluations_numbers(task, request, tmp_path):
     data, out = request.getfixturevalue(f"{task}_data"), tmp_path / "run"
-    evaluator, scored = evaluate_once(data, out, task, epoch=0, noise=1.5)
-    result, report = scored.result, scored.analysis
+    evaluator, evaluation = evaluate_once(data, out, task, epoch=0, noise=1.5)
+    result, report = evaluation.result, evaluation.analysis
     assert 0.1 < result.metrics["bbox"]["AP"] < 1  # else equal numbers would say little
     for folder in (out / "eval", out / "best"):
-        check_tables(folder, result, report, scored.intervals)
+        check_tables(folder, result, report, evaluation.intervals)
         summary = read_summary(folder)
         assert summary["epoch"] == 0 and summary["bbox"] == result.metrics["bbox"]
         assert summary["score_threshold"] == report.score_threshold
@@ -100,14 +100,14 @@ def test_the_tables_hold_the_evaluations_numbers(task, request, tmp_path):
 
 
 def test_images_are_judged_by_the_f1_of_their_boxes(mask_data, tmp_path):
-    evaluator, scored = evaluate_once(mask_data, tmp_path / "run", "mask", epoch=0, noise=2)
+    evaluator, evaluation = evaluate_once(mask_data, tmp_path / "run", "mask", epoch=0, noise=2)
     with (tmp_path / "run" / "eval" / "images.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(mask_data.val.annotations)
     objects, detections, hits = (sum(int(row[c]) for row in rows) for c in ("objects", "detections", "hits"))
-    threshold = scored.analysis.score_threshold
+    threshold = evaluation.analysis.score_threshold
     # The threshold is the one of the best F1 over all boxes: the images' counts must add up to that F1.
-    matches = scored.result.saved["bbox"].matches
+    matches = evaluation.result.saved["bbox"].matches
     best = max(
         2 * (matches.positive[chosen] & np.uint64(1)).sum()
         / (objects + (~((matches.ignored[chosen] & np.uint64(1)) > 0) | ((matches.positive[chosen] & np.uint64(1)) > 0)).sum())
@@ -116,7 +116,7 @@ def test_images_are_judged_by_the_f1_of_their_boxes(mask_data, tmp_path):
     assert 2 * hits / (objects + detections) == pytest.approx(best)
     f1 = [float(row["f1"]) for row in rows if row["f1"]]
     assert f1 == sorted(f1) and threshold > 0
-    ranked = score_images(scored.result, threshold).ranked()
+    ranked = score_images(evaluation.result, threshold).ranked()
     ids = mask_data.val.annotations.image_ids
     assert [int(row["image_id"]) for row in rows[: len(ranked)]] == ids[ranked].tolist()
 
@@ -153,8 +153,8 @@ def test_the_best_epoch_stays_with_its_predictions(mask_data, drawn_coco, tmp_pa
     out = tmp_path / "run"
     figures = []
     for epoch, noise in enumerate((2.0, 0.7, 3.0)):
-        _, scored = evaluate_once(mask_data, out, "mask", epoch=epoch, noise=noise, seed=epoch, is_best=epoch < 2)
-        figures.append(scored.result.metrics)
+        _, evaluation = evaluate_once(mask_data, out, "mask", epoch=epoch, noise=noise, seed=epoch, is_best=epoch < 2)
+        figures.append(evaluation.result.metrics)
     assert read_summary(out / "best")["epoch"] == 1 and read_summary(out / "eval")["epoch"] == 2
     truth = drawn_coco / "annotations" / "instances_val2017.json"
     for folder, epoch in ((out / "best", 1), (out, 2)):

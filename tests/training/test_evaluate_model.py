@@ -43,9 +43,9 @@ def _score(rank, world_size, root, folder):
         loader = build_val_loader(data, here, batch_size=1, workers=int(world_size > 1))
         evaluator = CocoEvaluator(data.val.annotations, spec.iou_types, indices=data.val.indices, sigmas=data.sigmas)
         out = Path(folder) / name
-        scored = evaluate_model(model, EvalSetup(loader, evaluator, data.label_map), predictions_dir=out)
+        evaluation = evaluate_model(model, EvalSetup(loader, evaluator, data.label_map), predictions_dir=out)
         files = {p.name: p.read_text() for p in sorted(out.glob("predictions_*.json"))} if rank == 0 else None
-        found[name] = scored.result.metrics, scored.result.per_class, files
+        found[name] = evaluation.result.metrics, evaluation.result.per_class, files
     return found
 
 
