@@ -7,18 +7,18 @@ import contextlib
 import gc
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from annotations.arrays import Annotations, join_bytes
+from annotations.fields import flat_floats, short
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.record_checks import (
-    Record,
     Rules,
-    Segmentations,
     check_boxes,
     check_categories,
     check_flags,
@@ -26,13 +26,16 @@ from annotations.record_checks import (
     check_keypoint_names,
     check_keypoints,
     check_objects,
-    check_segmentations,
-    flat_floats,
 )
+from annotations.record_reader import Notes, Record, RecordReader
+from annotations.segmentations import Segmentations, check_segmentations
 from pixels.masks import area_of_polygons
 
 # A larger file would need some forty gigabytes of memory to parse.
 MAX_JSON_BYTES = 4 << 30
+
+# A text, or one of the words that Python writes for numbers that json does not know.
+_TEXT_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')
 
 
 def read_json(path: Path) -> Any:
@@ -46,14 +49,14 @@ def read_json(path: Path) -> Any:
         return BadDataError([Finding("json", str(path), problem, remedy)])
 
     def refuse_constant(name: str) -> None:
-        raise ValueError(f"the number {name} is not allowed in annotations")
+        raise _ConstantError
 
     def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):
             keys = [key for key, _ in pairs]
             double = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {double!r} occurs twice in one object")
+            raise ValueError(f"the key {double!r} occurs twice in one object, {short(record)}")
         return record
 
     size = path.stat().st_size
@@ -63,6 +66,8 @@ def read_json(path: Path) -> Any:
         with _collector_off():
             text = path.read_text(encoding="utf-8-sig")
             return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
+    except _ConstantError:
+        raise fail(*_locate_constants(text)) from None
     except json.JSONDecodeError as error:
         raise fail(f"not valid json at line {error.lineno} column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -71,6 +76,25 @@ def read_json(path: Path) -> Any:
         raise fail("nested too deeply") from None
     except ValueError as error:
         raise fail(str(error)) from None
+
+
+class _ConstantError(Exception):
+    """The file holds NaN or Infinity."""
+
+
+def _locate_constants(text: str) -> tuple[str, str]:
+    """Return (what is wrong with NaN and Infinity in a json, and where, what to do)."""
+    found = [match for match in _TEXT_OR_CONSTANT.finditer(text) if match[0][0] != '"']
+    first = found[0]
+    line, column = text.count("\n", 0, first.start()) + 1, first.start() - text.rfind("\n", 0, first.start())
+    start = text.rfind("{", 0, first.start())
+    record = " ".join(text[max(start, 0) : first.end()].split())
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    problem = (
+        f"the number {first[0]} at line {line} column {column}{more} is not allowed in annotations: "
+        f"{record if len(record) <= 120 else '...' + record[-117:]}"
+    )
+    return problem, "write null or leave the entry out (in pandas: df.astype(object).where(df.notna(), None))"
 
 
 @contextlib.contextmanager
@@ -85,8 +109,13 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def read_coco(path: Path, *, on_bad_data: str = "error", needs_masks: bool = False) -> Annotations:
+def read_coco(path: Path, *, on_bad_data: str = "error", uses: Collection[str] = ()) -> Annotations:
     """Read a COCO annotation file (``images``, ``annotations``, ``categories``).
+
+    Args:
+        path: The file.
+        on_bad_data: ``error`` or ``skip``, see `Findings`.
+        uses: See `annotations_from_records`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -101,7 +130,7 @@ def read_coco(path: Path, *, on_bad_data: str = "error", needs_masks: bool = Fal
             image_place=lambda i: f"{path}: images[{i}]",
             object_place=lambda n: f"{path}: annotations[{n}] (id {objects[n].get('id')})",
         )
-        return annotations_from_records(images, objects, categories, rules, findings, needs_masks=needs_masks)
+        return annotations_from_records(images, objects, categories, rules, findings, uses=uses)
 
 
 def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], list[Record]]:
@@ -113,10 +142,14 @@ def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], lis
     sections = []
     for name in ("images", "annotations", "categories"):
         section = content.get(name, [] if name == "annotations" else None)
-        if not isinstance(section, list) or not all(isinstance(record, dict) for record in section):
-            problem = f"expected a list of objects under {name!r}, got {type(section).__name__}"
+        if not isinstance(section, list):
+            problem = f"expected a list of objects under {name!r}, got {short(section)}"
             findings.error("json", str(path), problem, "is this a COCO annotation file?")
             section = []
+        for n, record in enumerate(section):
+            if not isinstance(record, dict):
+                problem = f"expected an object {{...}}, got {short(record)}"
+                findings.error("json", f"{path}: {name}[{n}]", problem, "fix or remove it")
         sections.append(section)
     findings.raise_errors()
     return sections[0], sections[1], sections[2]
@@ -129,7 +162,8 @@ def annotations_from_records(
     rules: Rules,
     findings: Findings,
     *,
-    needs_masks: bool = False,
+    uses: Collection[str] = (),
+    notes: Notes | None = None,
 ) -> Annotations:
     """Check COCO's records and put them into flat arrays.
 
@@ -142,20 +176,32 @@ def annotations_from_records(
         categories: With ``id``, ``name`` and for keypoints ``keypoints`` and ``skeleton`` (indices from 1).
         rules: What counts as an error.
         findings: Collects what is wrong.
-        needs_masks: Whether an object without a segmentation is an error.
+        uses: What is learnt or scored beside boxes: "segm", "keypoints". What is broken elsewhere is left out with a
+            warning; where masks are used, an object without one is an error.
+        notes: What is remarked already, once a kind.
 
     Raises:
         BadDataError: What is wrong, all findings at once.
     """
-    names = check_categories(categories, rules, findings)
-    image_ids, heights, widths, file_names = check_images(images, rules, findings)
-    boxes, category_ids, image_of_object = check_objects(objects, image_ids, set(names), rules, findings)
+    notes = notes or Notes()
+    if len(objects) and not len(images):
+        findings.error("image", rules.file, "objects, but no images", "list the pictures under 'images'")
+        findings.raise_errors()
+    category_reader = RecordReader(
+        "category", categories, lambda k: f"{rules.file}: categories[{k}]", findings, notes, uses
+    )
+    image_reader = RecordReader("image", images, rules.image_place, findings, notes, uses)
+    reader = RecordReader("object", objects, rules.object_place, findings, notes, uses, rules.usual_forms)
+    names = check_categories(category_reader, rules)
+    image_ids, heights, widths, file_names = check_images(image_reader)
+    boxes, category_ids, image_of_object = check_objects(reader, image_ids, set(names), rules)
     check_boxes(boxes, image_of_object, heights, widths, rules, findings)
-    keypoints = check_keypoints(objects, image_of_object, heights, widths, rules, findings)
-    is_crowd, areas = check_flags(objects, rules, findings)
-    segmentations = check_segmentations(objects, image_of_object, heights, widths, rules, findings, needs_masks)
+    keypoints = check_keypoints(reader, category_ids, names, image_of_object, heights, widths, rules)
+    is_crowd, areas = check_flags(reader)
+    segmentations = check_segmentations(reader, image_of_object, heights, widths)
     _fill_in_areas(areas, boxes, segmentations, image_of_object, heights, widths)
-    names_of_points, skeleton = check_keypoint_names(categories, keypoints.shape[1], rules, findings)
+    names_of_points, skeleton = check_keypoint_names(category_reader, keypoints.shape[1])
+    notes.flush(findings)
     findings.raise_errors()
 
     keep_image = np.ones(len(images), dtype=bool)
@@ -190,6 +236,7 @@ def annotations_from_records(
         keypoint_names=names_of_points,
         skeleton=skeleton,
         has_segmentations=any("segmentation" in record for record in objects),
+        id_texts=tuple(notes.id_texts.items()),
         warnings=findings.warnings(),
     )
 

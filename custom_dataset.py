@@ -8,15 +8,19 @@ A json holds ``{"bboxes": [[x1, y1, x2, y2], ...], "keypoints": [[[x, y, v], ...
 per box, ``labels``, ``segmentations``, ``area`` and ``iscrowd``.
 """
 
+import contextlib
+import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from annotations.arrays import Annotations
+from annotations.fields import BOX, FIELDS, LABEL, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
 from annotations.findings import BadDataError, Findings
-from annotations.record_checks import Record, Rules
+from annotations.record_checks import Rules
+from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
 from pixels.image_files import is_picture_name, list_folder, printable, spelling, unreadable_format
@@ -29,7 +33,8 @@ DEFAULT_CLASS = "object"
 # Numbers up to the highest label are classes where none has a name; a higher one is somebody's own id.
 MAX_NUMBERED_CLASSES = 10_000
 
-_PER_BOX = ("keypoints", "labels", "segmentations", "area", "iscrowd")
+# Entries of a json with one value per box, and what COCO calls them.
+_PER_BOX = {"labels": "", **{f.own_name: f.name for f in FIELDS.values() if f.own_name and f.name != "bbox"}}
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,15 @@ class DatasetInfo:
     path: Path = Path("dataset.json")
 
 
-def read_dataset_info(root: Path, findings: Findings | None = None) -> DatasetInfo:
+def read_dataset_info(
+    root: Path, findings: Findings | None = None, *, uses: Collection[str] = ("keypoints",)
+) -> DatasetInfo:
     """Read ``dataset.json`` in ``root``, if there is one.
 
     Args:
         root: Folder of the dataset.
         findings: Collects what is wrong with single entries, which are then left out; None raises it.
+        uses: What is learnt beside boxes: what is wrong with keypoints is a warning where they are not used.
 
     Raises:
         BadDataError: What is wrong with the file, all findings at once.
@@ -63,20 +71,30 @@ def read_dataset_info(root: Path, findings: Findings | None = None) -> DatasetIn
     content = read_json(path)
     collected, findings = findings, findings or Findings()
     if not isinstance(content, dict):
-        findings.error("dataset.json", str(path), f"expected an object, got {type(content).__name__}", "see the README")
+        findings.error("dataset.json", str(path), f"expected an object, got {short(content)}", "see docs/own_data.md")
         findings.raise_errors()
     known = {"classes", "keypoint_names", "flip_pairs", "skeleton", "oks_sigmas"}
     for key in sorted(set(content) - known):
         findings.error("dataset.json", str(path), f"unknown entry {key!r}", f"expected {', '.join(sorted(known))}")
 
-    def strings(key: str) -> tuple[str, ...]:
-        value = content.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value) or len(set(value)) < len(value):
-            findings.error("dataset.json", f"{path}: {key}", f"expected different names, got {value!r}", "fix it")
-            return ()
-        return tuple(value)
+    def wrong(key: str, problem: str, remedy: str) -> None:
+        is_needed = key == "classes" or (key != "skeleton" and "keypoints" in uses)
+        if is_needed:
+            findings.error("dataset.json", f"{path}: {key}", problem, remedy)
+        else:
+            findings.warn("dataset.json", f"{path}: {key}", problem, f"{remedy}; it is left out, nothing here needs it")
 
-    names = strings("keypoint_names")
+    def names_of(key: str) -> tuple[str, ...]:
+        try:
+            taken, how = NAMES.read(content[key]) if content.get(key) is not None else ([], "")
+        except ValueError:
+            wrong(key, f"expected different names, got {short(content[key])}", "fix it")
+            return ()
+        if how:
+            findings.warn("form", f"{path}: {key}", f"{short(content[key])}, {how}", "taken as what it says")
+        return tuple(taken)
+
+    names = names_of("keypoint_names")
     has_bad_names = bool(content.get("keypoint_names")) and not names
 
     def pairs(key: str) -> tuple[tuple[int, int], ...] | None:
@@ -87,25 +105,21 @@ def read_dataset_info(root: Path, findings: Findings | None = None) -> DatasetIn
         try:
             return tuple((_point_index(a, names), _point_index(b, names)) for a, b in value)
         except (TypeError, ValueError) as error:
-            if has_bad_names:  # a consequence, maybe: names are looked up again once they are right
-                return None
-            remedy = "give pairs of keypoint names or of indices from 0"
-            findings.error("dataset.json", f"{path}: {key}", f"{value!r}: {error}", remedy)
+            if not has_bad_names:  # else a consequence, maybe: names are looked up again once they are right
+                wrong(key, f"{short(value)}: {error}", "give pairs of keypoint names or of indices from 0")
             return None
 
     sigmas = content.get("oks_sigmas")
     if sigmas is not None:
-        if not isinstance(sigmas, list) or not all(
-            isinstance(s, (int, float)) and s > 0 and s is not True for s in sigmas
-        ):
-            remedy = "give one positive number per keypoint"
-            findings.error("dataset.json", f"{path}: oks_sigmas", f"got {sigmas!r}", remedy)
+        try:
+            sigmas = tuple(SIGMA.read(sigma)[0] for sigma in (sigmas if isinstance(sigmas, list) else [None]))
+        except ValueError:
+            wrong("oks_sigmas", f"got {short(sigmas)}", "give one positive number per keypoint")
             sigmas = None
-        else:
-            sigmas = tuple(float(s) for s in sigmas)
-    classes = strings("classes")
+    classes = names_of("classes")
     skeleton = Skeleton(names, pairs("skeleton") or (), pairs("flip_pairs"), sigmas)
-    _check_names_against_pairs(skeleton, path, findings)
+    if "keypoints" in uses:
+        _check_names_against_pairs(skeleton, path, findings)
     if collected is None:
         findings.raise_errors()
     return DatasetInfo(classes, skeleton, path)
@@ -131,7 +145,7 @@ def _check_point_counts(info: DatasetInfo, num_keypoints: int, findings: Finding
     for a, b in skeleton.links:
         if not (0 <= a < num_keypoints and 0 <= b < num_keypoints):
             problem = f"links points {a} and {b} (from 0), but objects have {num_keypoints} keypoints"
-            findings.error("dataset.json", f"{info.path}: skeleton", problem, "correct or remove the link")
+            findings.warn("dataset.json", f"{info.path}: skeleton", problem, "the link is not drawn")
     try:
         flip_order(skeleton.flip_pairs or (), num_keypoints)
     except ValueError as error:
@@ -146,10 +160,10 @@ def _point_index(value: Any, names: Sequence[str]) -> int:
     """Return the index of a keypoint given by name or by index from 0."""
     if isinstance(value, str):
         if value not in names:
-            raise ValueError(f"{value!r} is not among keypoint_names")
+            raise ValueError(f"{short(value)} is not among keypoint_names")
         return list(names).index(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no keypoint")
+        raise TypeError(f"{short(value)} is no keypoint")
     return value
 
 
@@ -161,6 +175,7 @@ class _Folder:
     objects: list[Record] = field(default_factory=list)
     object_places: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
 
 
 def read_folder(
@@ -168,7 +183,7 @@ def read_folder(
     info: DatasetInfo,
     *,
     on_bad_data: str = "error",
-    needs_masks: bool = False,
+    uses: Collection[str] = (),
     findings: Findings | None = None,
 ) -> Annotations:
     """Read ``images`` and ``annotations`` below ``split``.
@@ -180,7 +195,7 @@ def read_folder(
         split: ``custom/train`` or ``custom/test``.
         info: Of the dataset; without classes, those of the annotations are used.
         on_bad_data: ``error`` or ``skip``.
-        needs_masks: Whether an object without a segmentation is an error.
+        uses: What is learnt beside boxes, see `annotations_from_records`.
         findings: What is known to be wrong already, with ``on_bad_data``; raised with the rest.
 
     Raises:
@@ -199,8 +214,8 @@ def read_folder(
     categories, numbers = _number_labels(content, info, findings)
     for record, number in zip(content.objects, numbers):
         record["category_id"] = number
-    num_keypoints = next((len(k) // 3 for record in content.objects if (k := record.get("keypoints"))), 0)
-    if num_keypoints:
+    num_keypoints = _count_keypoints(content.objects)
+    if num_keypoints and "keypoints" in uses:
         _check_point_counts(info, num_keypoints, findings)
     if num_keypoints and len(info.skeleton.names) == num_keypoints:
         links = [(a, b) for a, b in info.skeleton.links if min(a, b) >= 0 and max(a, b) < num_keypoints]
@@ -213,10 +228,20 @@ def read_folder(
         object_place=lambda n: content.object_places[n],
         strict_boxes=True,
         box_format="[x1, y1, x2, y2]",
+        usual_forms=(("keypoints", NESTED_POINTS),),
     )
     return annotations_from_records(
-        content.images, content.objects, categories, rules, findings, needs_masks=needs_masks
+        content.images, content.objects, categories, rules, findings, uses=uses, notes=content.notes
     )
+
+
+def _count_keypoints(objects: Sequence[Record]) -> int:
+    """Return how many keypoints the first object with any has; 0 where none has, or nothing that can be read."""
+    for record in objects:
+        with contextlib.suppress(ValueError):
+            if points := POINTS.read(record["keypoints"])[0] if record["keypoints"] is not None else []:
+                return len(points) // 3
+    return 0
 
 
 def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]:
@@ -309,59 +334,28 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
             problem = f"{name}: {found} entries for {len(boxes)} boxes"
             findings.error("per box", str(annotation), problem, f"give {name} one entry per box", image=position)
             return
+    for key in set(entry) - {"bboxes", *_PER_BOX}:
+        if similar := difflib.get_close_matches(key, _PER_BOX, 1, cutoff=0.8):
+            remedy = f"it is not read; is {similar[0]!r} meant?"
+            content.notes.add(("key", key), "unknown entry", str(annotation), f"unknown entry {key!r}", remedy)
+    per_box = {name: entry.get(name) or [None] * len(boxes) for name in _PER_BOX}
     for k, box in enumerate(boxes):
-        obj = len(content.objects)
         content.object_places.append(f"{annotation}: bboxes[{k}]")
-        content.labels.append(entry["labels"][k] if entry.get("labels") is not None else None)
-        content.objects.append({"image_id": record["id"], "bbox": _as_xywh(box)})
-        for name, ours in (("segmentations", "segmentation"), ("area", "area"), ("iscrowd", "iscrowd")):
-            if entry.get(name) is not None and entry[name][k] is not None:
-                content.objects[-1][ours] = entry[name][k]
-        if entry.get("keypoints") is not None:
-            content.objects[-1]["keypoints"] = _flat_keypoints(
-                entry["keypoints"][k], f"{annotation}: keypoints[{k}]", obj, findings
-            )
-    _look_for_unrotated_boxes(header.orientation, record, content.objects, image, findings)
-
-
-def _is_box(box: Any) -> bool:
-    """Tell whether this is a list of four numbers, of whatever size."""
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-
-
-def _as_xywh(box: Any) -> Any:
-    """Return [x, y, width, height] of [x1, y1, x2, y2]; what is no such list is left for the checks to name."""
-    if _is_box(box):
-        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-    return box
-
-
-def _flat_keypoints(points: Any, place: str, obj: int, findings: Findings) -> list[Any]:
-    """Return x, y, v, x, y, v, ...; a null point is not labelled."""
-    flat: list[Any] = []
-    for k, point in enumerate(points if isinstance(points, list) else []):
-        if point is None:
-            flat += [0, 0, 0]
-        elif not isinstance(point, list) or len(point) != 3:
-            problem = f"point {k} is {point!r}, expected [x, y, v]"
-            findings.error("keypoints", place, problem, "v is 0 (not labelled), 1 (hidden) or 2 (visible)", obj=obj)
-            flat += [0, 0, 0]
-        else:
-            flat += [0, 0, 0] if point[2] == 0 else point
-    if not isinstance(points, list):
-        findings.error("keypoints", place, f"expected a list of points, got {points!r}", "fix it", obj=obj)
-    return flat
+        content.labels.append(per_box["labels"][k])
+        values = {ours: per_box[name][k] for name, ours in _PER_BOX.items() if ours}
+        content.objects.append({"image_id": record["id"], "bbox": box, **values})
+    _look_for_unrotated_boxes(header.orientation, record, boxes, image, findings)
 
 
 def _look_for_unrotated_boxes(
-    orientation: int, image: Record, objects: list[Record], path: Path, findings: Findings
+    orientation: int, image: Record, boxes: list[Any], path: Path, findings: Findings
 ) -> None:
     """Report an EXIF-rotated picture whose boxes fit only the picture as it is stored."""
-    boxes = [o["bbox"] for o in objects if o["image_id"] == image["id"] and _is_box(o["bbox"])]
-    if orientation < 5 or not boxes:
+    corners = [box for box in boxes if BOX.fast([box]) is not None]
+    if orientation < 5 or not corners:
         return
     height, width = image["height"], image["width"]
-    right, bottom = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
+    right, bottom = max(b[2] for b in corners), max(b[3] for b in corners)
     if (right > width + 1 or bottom > height + 1) and right <= height + 1 and bottom <= width + 1:
         problem = f"EXIF turns the picture to {width} x {height}, but its boxes fit only {height} x {width}"
         remedy = "annotate the picture as viewers show it, or remove its EXIF orientation"
@@ -370,31 +364,51 @@ def _look_for_unrotated_boxes(
 
 def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> tuple[list[Record], list[int]]:
     """Return (categories, category id of every object); ids count from 1."""
+    labels: list[int | str | None] = []
+    for n, label in enumerate(content.labels):
+        taken, how, place = None, "", content.object_places[n]
+        if isinstance(label, str):
+            taken = label if is_encodable(label) else None
+        elif label is not None:
+            with contextlib.suppress(ValueError):
+                taken, how = LABEL.read(label)
+        if how:
+            content.notes.add(("label", how), "form", place, f"label {short(label)}, {how}", "taken as what it says")
+        labels.append(taken)
     names = list(info.classes)
+    are_texts = False
     if not names:
-        texts = sorted({label for label in content.labels if isinstance(label, str)})
-        numbers = [n for n in content.labels if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+        texts = sorted({label for label in labels if isinstance(label, str)})
+        numbers = [label for label in labels if isinstance(label, int)]
+        are_texts = bool(texts)
         if texts:
             names = texts
         elif numbers and max(numbers) <= MAX_NUMBERED_CLASSES:
             names = [str(n) for n in range(1, max(numbers) + 1)]
         elif numbers:
             problem = f"label {max(numbers)} would make as many classes; the limit is {MAX_NUMBERED_CLASSES}"
-            place = content.object_places[content.labels.index(max(numbers))]
+            place = content.object_places[labels.index(max(numbers))]
             findings.error("label", place, problem, "number classes from 1, or write their names")
-            return [{"id": 1, "name": DEFAULT_CLASS}], [1] * len(content.labels)
+            return [{"id": 1, "name": DEFAULT_CLASS}], [1] * len(labels)
         else:
             names = [DEFAULT_CLASS]
+    number_of = {name: k + 1 for k, name in enumerate(names)}
     ids = []
-    for n, (label, place) in enumerate(zip(content.labels, content.object_places)):
-        number = 1 if label is None and len(names) == 1 else 0
-        if isinstance(label, str) and label in names:
-            number = names.index(label) + 1
-        elif isinstance(label, int) and not isinstance(label, bool) and 1 <= label <= len(names):
+    for n, (label, place) in enumerate(zip(labels, content.object_places)):
+        given = content.labels[n]
+        number = 1 if given is None and len(names) == 1 else 0
+        if isinstance(label, str):
+            number = number_of.get(label, 0)
+        elif label is not None and label <= len(names) and not are_texts:
             number = label
         if number == 0:
-            known = f"expected a number from 1 to {len(names)} or one of {', '.join(names[:10])}"
-            why = "0 is background; " if label == 0 else ""
-            findings.error("label", place, f"label {label!r}", why + known, obj=n)
+            some = ", ".join(names[:10])
+            known = (
+                f"expected one of {some}" if are_texts else f"expected a number from 1 to {len(names)} or one of {some}"
+            )
+            if are_texts and label is not None:
+                known += ": numbers and names are mixed, and no dataset.json says which class a number is"
+            why = "0 is background; " if given == 0 and given is not False else ""
+            findings.error("label", place, f"label {short(given)}", why + known, obj=n)
         ids.append(max(number, 1))
     return [{"id": k + 1, "name": name} for k, name in enumerate(names)], ids

@@ -227,8 +227,9 @@ def build_metadata(detector: Detector) -> dict[str, Any]:
     }
     if architecture.fixed_size is not None:
         size = {"height": architecture.fixed_size[0], "width": architecture.fixed_size[1]}
+    texts = dict(labels.id_texts)
     classes = [
-        {"label": label, "name": name, "category_id": id_}
+        {"label": label, "name": name, "category_id": texts.get(id_, id_)}
         for label, (id_, name) in enumerate(zip(labels.category_ids, labels.names), start=1)
         if id_ >= 0
     ]

@@ -25,7 +25,7 @@ from typing import IO, Any
 from PIL import Image
 from tqdm import tqdm
 
-from annotations.record_checks import Record
+from annotations.record_reader import Record
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from files import write_aside

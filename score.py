@@ -12,20 +12,22 @@ import logging
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from annotations.arrays import Annotations
 from annotations.findings import ON_BAD_DATA
-from annotations.record_checks import Record
+from annotations.record_reader import Record
 from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
 from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
-from evaluation.results_files import detections_of_results, read_results
+from evaluation.results_files import detections_of_results, encode_masks, read_results
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("score")
@@ -84,6 +86,7 @@ def score(
     oks_area: str = "annotation",
     max_dets: int | None = None,
     name: str = "results",
+    id_texts: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[CocoEvaluator, EvalResult]:
     """Score results against annotations.
 
@@ -94,7 +97,8 @@ def score(
         sigmas: OKS sigmas, one or K.
         oks_area: See `CocoEvaluator`.
         max_dets: Detections per image and category that count.
-        name: Of the results, for messages.
+        name: The results file, for messages.
+        id_texts: {number: text} of ids that are text in the results, for messages.
 
     Raises:
         ValueError: A result's image is not in the ground truth, or sigmas do not fit.
@@ -102,16 +106,15 @@ def score(
     known_images, known_categories = set(annotations.image_ids.tolist()), {id_ for id_, _ in annotations.categories}
     unknown = sorted({record["image_id"] for record in records} - known_images)
     if unknown:
-        shown = ", ".join(map(str, unknown[:10]))
+        shown = ", ".join(str(id_texts.get(id_, id_)) for id_ in unknown[:10])
         raise ValueError(f"{name}: {len(unknown)} image id(s) are not in the ground truth: {shown}")
     strange = [record["category_id"] for record in records if record["category_id"] not in known_categories]
     if strange:
-        ids = ", ".join(map(str, sorted(set(strange))[:10]))
+        ids = ", ".join(str(id_texts.get(id_, id_)) for id_ in sorted(set(strange))[:10])
         logger.warning("%s: %d result(s) of unknown categories do not count (%s)", name, len(strange), ids)
 
-    for t in iou_types:
-        if records and not any(SCORE_KINDS[t].field in record for record in records):
-            raise ValueError(f"{name}: no result has {SCORE_KINDS[t].field!r}, which a score of {t} needs")
+    if "segm" in iou_types:
+        encode_masks(records, annotations, name)
     values = None
     if "keypoints" in iou_types:
         for n, record in enumerate(records):
@@ -136,12 +139,15 @@ def score(
 
 def main(args: argparse.Namespace) -> int:
     """Score and print."""
-    annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data)
-    for finding in annotations.warnings:
-        logger.warning("%s", finding)
-    records = read_results(Path(args.predictions))
+    records, id_texts = read_results(Path(args.predictions), args.iou_types)
     fields = {field for record in records for field in record}
     iou_types = args.iou_types or [t for t, kind in SCORE_KINDS.items() if kind.field in fields] or ["bbox"]
+    for t in iou_types:
+        if records and SCORE_KINDS[t].field not in fields:
+            raise ValueError(f"{args.predictions}: no result has {SCORE_KINDS[t].field!r}, which a score of {t} needs")
+    annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data, uses=iou_types)
+    for finding in annotations.warnings:
+        logger.warning("%s", finding)
     evaluator, result = score(
         annotations,
         records,
@@ -150,6 +156,7 @@ def main(args: argparse.Namespace) -> int:
         oks_area=args.oks_area,
         max_dets=args.max_dets,
         name=args.predictions,
+        id_texts=id_texts,
     )
     report = build_analysis(result)
     print(format_summary(result))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations.record_checks import Record
+from annotations.record_reader import Record
 from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
@@ -112,8 +112,8 @@ def print_card(args: argparse.Namespace) -> None:
 
 def print_curve(args: argparse.Namespace) -> None:
     """Print AP with all sigmas made smaller and larger."""
-    annotations = read_coco(Path(args.ground_truth))
-    records = read_results(Path(args.predictions))
+    annotations = read_coco(Path(args.ground_truth), uses=["keypoints"])
+    records, _ = read_results(Path(args.predictions), ["keypoints"])
     sigmas, source = choose_sigmas(args.kpt_oks_sigmas, Skeleton(annotations.keypoint_names), annotations.num_keypoints)
     by_image: dict[int, list[Record]] = {image_id: [] for image_id in annotations.image_ids.tolist()}
     for record in records:

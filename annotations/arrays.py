@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from utils import sha256_of_file
 logger = logging.getLogger(__name__)
 
 # Raised by one whenever the arrays or their meaning change: older cache files are then ignored.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class Annotations:
         keypoint_names: K names, or empty where the file gives none.
         skeleton: Pairs of keypoint indices (from 0) that are joined in pictures.
         has_segmentations: Whether the file says anything of masks.
+        id_texts: (number, text) of every image id and category id that is text in the file; results carry the text.
         warnings: What was repaired or dropped while reading, shortened as in `findings.shorten`.
         cache_file: The file these arrays are mapped from, if any.
     """
@@ -82,6 +84,7 @@ class Annotations:
     keypoint_names: tuple[str, ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()
     has_segmentations: bool = False
+    id_texts: tuple[tuple[int, str], ...] = ()
     warnings: tuple[Finding, ...] = ()
     cache_file: str | None = field(default=None, compare=False)
 
@@ -109,6 +112,14 @@ class Annotations:
         """Return the file name of image ``index``, relative to its root."""
         start, end = self.name_starts[index : index + 2]
         return self.name_bytes[start:end].tobytes().decode()
+
+    def own_id(self, number: int) -> int | str:
+        """Return the id that the file has for an image or category: its text, where it is text."""
+        return self._own_ids.get(number, number)
+
+    @cached_property
+    def _own_ids(self) -> dict[int, str]:
+        return dict(self.id_texts)
 
     def with_file_names(self, names: Mapping[int, str]) -> "Annotations":
         """Return the same annotations with other file names for some images; they come from no cache file."""
@@ -175,6 +186,7 @@ def load_annotations(path: str | Path) -> Annotations:
         keypoint_names=tuple(plain["keypoint_names"]),
         skeleton=tuple((a, b) for a, b in plain["skeleton"]),
         has_segmentations=plain["has_segmentations"],
+        id_texts=tuple((number, text) for number, text in plain["id_texts"]),
         warnings=tuple(Finding(**fields) for fields in plain["warnings"]),
         cache_file=str(path),
     )

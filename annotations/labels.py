@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,12 @@ class LabelMap:
     Attributes:
         category_ids: The category id of every label from 1 on; -1 for a label without a category.
         names: The class name of every label from 1 on.
+        id_texts: (category id, text) of the categories whose id is text in the file.
     """
 
     category_ids: tuple[int, ...]
     names: tuple[str, ...]
+    id_texts: tuple[tuple[int, str], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -42,6 +45,22 @@ class LabelMap:
         return np.array((-1, *self.category_ids), dtype=np.int64)[labels]
 
     @classmethod
-    def contiguous(cls, categories: Sequence[tuple[int, str]]) -> "LabelMap":
-        """Number categories 1..C in the order of their ids."""
-        return cls(tuple(id_ for id_, _ in categories), tuple(name for _, name in categories))
+    def contiguous(cls, categories: Sequence[tuple[int, str]], id_texts: Sequence[tuple[int, str]] = ()) -> "LabelMap":
+        """Number categories 1..C in the order of their ids; ``id_texts`` may have those of images too."""
+        ids = tuple(id_ for id_, _ in categories)
+        texts = tuple((id_, text) for id_, text in id_texts if id_ in set(ids))
+        return cls(ids, tuple(name for _, name in categories), texts)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint; `from_plain` reads them."""
+        return {
+            "label_categories": list(self.category_ids),
+            "label_names": list(self.names),
+            "category_texts": [list(pair) for pair in self.id_texts],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "LabelMap":
+        """Return the labels that `to_plain` wrote."""
+        texts = tuple((id_, text) for id_, text in plain.get("category_texts", ()))
+        return cls(tuple(plain["label_categories"]), tuple(plain["label_names"]), texts)

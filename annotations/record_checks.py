@@ -1,24 +1,20 @@
-"""What may be wrong with COCO's records, each found by one line that names place and field.
+"""What may be wrong with COCO's records as a whole, each found by one line that names place and field.
 
-The only place that checks annotations: files of all formats are brought into COCO's records first. Each check returns
-its field as an array, so that a record is read once; `coco_utils` puts the arrays together.
+`record_reader` checks every value by itself; here they are checked against each other and the picture. Files of all
+formats are brought into COCO's records first. Each check returns its field as an array, so that a record is read once;
+`coco_utils` puts the arrays together.
 """
 
-import array
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
 
 import numpy as np
 
+from annotations.fields import FIELDS, short
 from annotations.findings import Findings
 from annotations.normalised import NORMALISED, look_normalised
+from annotations.record_reader import RecordReader
 from pixels.images import unsafe_file_name
-from pixels.masks import compress_rle, run_lengths
-
-Record = dict[str, Any]
 
 # The overlaps of so many boxes with all anchors of an 800 x 1333 picture take 10 GB, whatever the model; real pictures
 # of crowds, cells or shelves show a few thousand.
@@ -33,9 +29,11 @@ class Rules:
         file: The annotation file or folder, for messages.
         image_place: Tells where the image at a position of the list stands.
         object_place: Tells where the object at a position of the list stands.
-        strict_boxes: Whether empty boxes and boxes over the image's edge are errors. COCO's own files have
-            both: such boxes are not trained on, or cut to the image, and scored as the file says.
+        strict_boxes: Whether boxes are written as corners, and empty boxes and boxes over the image's edge are
+            errors. COCO's own files have both: such boxes are not trained on, or cut to the image, and scored as the
+            file says.
         box_format: How the file writes boxes, for messages.
+        usual_forms: (field, form) of values that are not in the form of COCO's files and are not remarked.
     """
 
     file: str
@@ -43,41 +41,19 @@ class Rules:
     object_place: Callable[[int], str]
     strict_boxes: bool = False
     box_format: str = "[x, y, width, height]"
+    usual_forms: tuple[tuple[str, str], ...] = ()
 
 
-def flat_floats(rows: Iterable[list[float]]) -> np.ndarray:
-    """Return the numbers of all lists as one float64 array; an array takes a list in far less time than numpy does."""
-    numbers = array.array("d")
-    for row in rows:
-        numbers.fromlist(row)
-    return np.frombuffer(numbers, dtype=np.float64)
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
-
-
-def check_categories(categories: Sequence[Record], rules: Rules, findings: Findings) -> dict[int, str]:
+def check_categories(reader: RecordReader, rules: Rules) -> dict[int, str]:
     """Return {id: name}."""
-    names: dict[int, str] = {}
-    for k, record in enumerate(categories):
-        place = f"{rules.file}: categories[{k}]"
-        id_, name = record.get("id"), record.get("name")
-        if not _is_int(id_) or not isinstance(name, str):
-            findings.error("category", place, f"expected an integer id and a name, got {id_!r} and {name!r}", "fix it")
-        elif id_ in names:
-            findings.error("category", place, f"category id {id_} occurs twice", "give every category its own id")
+    findings, names = reader.findings, {}
+    for k, (id_, name) in enumerate(zip(reader.ids("id"), reader.column("name"))):
+        if id_ is None or name is None:  # reported
+            continue
+        if id_ in names:
+            findings.error(
+                "category", reader.place(k), f"category id {id_} occurs twice", "give every category its own id"
+            )
         else:
             names[id_] = name
     double = {name for name in names.values() if list(names.values()).count(name) > 1}
@@ -87,117 +63,77 @@ def check_categories(categories: Sequence[Record], rules: Rules, findings: Findi
             findings.warn(
                 "category", rules.file, f"another category is called {name!r} too", f"it is {names[id_]!r} here"
             )
-    if not categories:
+    if not reader.rows:
         findings.error("category", rules.file, "no categories", "list the classes under 'categories'")
     return names
 
 
-def check_images(
-    images: Sequence[Record], rules: Rules, findings: Findings
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def check_images(reader: RecordReader) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Return (ids int64, heights int32, widths int32, file names); bad entries hold zeros."""
-    ids = np.zeros(len(images), dtype=np.int64)
-    heights, widths = np.zeros(len(images), dtype=np.int32), np.zeros(len(images), dtype=np.int32)
-    names: list[str] = []
+    findings, place = reader.findings, reader.place
+    ids, names = reader.ids("id"), reader.column("file_name")
+    heights, widths = (np.array(reader.column(name), dtype=np.int32) for name in ("height", "width"))
     first_with: dict[int, int] = {}
-    for i, record in enumerate(images):
-        id_, name = record.get("id"), record.get("file_name")
-        height, width = record.get("height"), record.get("width")
-        names.append(name if isinstance(name, str) else "")
-        if not _is_int(id_):
-            findings.error("image", rules.image_place(i), f"expected an integer id, got {id_!r}", "fix it", image=i)
+    for i, (id_, name) in enumerate(zip(ids, names)):
+        if id_ is None or i in findings.dropped_images:
             continue
         if id_ in first_with:
-            problem = f"image id {id_} is also that of {rules.image_place(first_with[id_])}"
-            findings.error("image", rules.image_place(i), problem, "give every image its own id", image=i)
+            problem = f"image id {reader.rows[i]['id']} is also that of {place(first_with[id_])}"
+            findings.error("image", place(i), problem, "give every image its own id", image=i)
             continue
         first_with[id_] = i
-        ids[i] = id_
-        reason = unsafe_file_name(name) if isinstance(name, str) else "no file name"
+        reason = unsafe_file_name(name)
         if reason is not None:
             problem = f"file_name {name!r} is {reason}"
-            findings.error("image", rules.image_place(i), problem, "name a file inside the image folder", image=i)
-        if not (_is_int(height) and _is_int(width) and 0 < height < 1 << 20 and 0 < width < 1 << 20):
-            problem = f"expected positive integer height and width, got {height!r} and {width!r}"
-            findings.error("image", rules.image_place(i), problem, "write the image's size", image=i)
-        else:
-            heights[i], widths[i] = height, width
-    return ids, heights, widths, names
+            findings.error("image", place(i), problem, FIELDS["image", "file_name"].remedy, image=i)
+    return np.array([id_ or 0 for id_ in ids], dtype=np.int64), heights, widths, [name or "" for name in names]
 
 
 def check_objects(
-    objects: Sequence[Record], image_ids: np.ndarray, category_ids: set[int], rules: Rules, findings: Findings
+    reader: RecordReader, image_ids: np.ndarray, category_ids: set[int], rules: Rules
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (boxes float64 [N, 4], category ids int64 [N], image position int64 [N]); bad entries hold zeros."""
+    """Return (boxes xywh float64 [N, 4], category ids int64 [N], image position int64 [N]); bad entries hold zeros."""
     position_of = {int(id_): i for i, id_ in reversed(list(enumerate(image_ids)))}
-    positions, categories = np.zeros(len(objects), dtype=np.int64), np.zeros(len(objects), dtype=np.int64)
-    first_with: dict[Any, int] = {}
-    for n, record in enumerate(objects):
-        image_id, category_id, id_ = record.get("image_id"), record.get("category_id"), record.get("id")
-        if not _is_int(image_id) or image_id not in position_of:
-            problem = f"image_id {image_id!r} is not among the images"
-            findings.error("object", rules.object_place(n), problem, "fix the id or remove the entry", obj=n)
-        else:
-            positions[n] = position_of[image_id]
-        if not _is_int(category_id) or category_id not in category_ids:
-            problem = f"category_id {category_id!r} is not among the categories"
-            findings.error("object", rules.object_place(n), problem, "fix the id or add the category", obj=n)
-        else:
-            categories[n] = category_id
-        if id_ is None:
-            continue
-        if not isinstance(id_, (int, str)):
-            problem = f"expected an integer id, got {_short(id_)}"
-            findings.error("object", rules.object_place(n), problem, "fix it", obj=n)
-            continue
-        if id_ in first_with:
-            problem = f"annotation id {id_} is also that of {rules.object_place(first_with[id_])}"
-            findings.error("object", rules.object_place(n), problem, "give every annotation its own id", obj=n)
-        first_with[id_] = n
-    _check_counts(objects, positions, position_of, rules, findings)
-    return _number_rows(objects, "bbox", 4, rules, findings), categories, positions
+    of_images, of_categories = reader.ids("image_id"), reader.ids("category_id")
+    positions = np.array([-1 if id_ is None else position_of.get(id_, -1) for id_ in of_images], dtype=np.int64)
+    for n in np.flatnonzero(positions < 0).tolist():
+        problem = f"image_id {short(reader.rows[n].get('image_id'))} is not among the images"
+        reader.wrong(FIELDS["object", "image_id"], n, problem)
+    is_unknown = [id_ not in category_ids for id_ in of_categories]
+    for n in np.flatnonzero(is_unknown).tolist():
+        problem = f"category_id {short(reader.rows[n].get('category_id'))} is not among the categories"
+        reader.wrong(FIELDS["object", "category_id"], n, problem)
+    _check_own_ids(reader)
+    _check_counts(reader, positions, rules)
+    boxes = np.array(reader.column("bbox"), dtype=np.float64).reshape(-1, 4)
+    if rules.strict_boxes:
+        boxes[:, 2:] -= boxes[:, :2]
+    categories = np.array([0 if bad else id_ for id_, bad in zip(of_categories, is_unknown)], dtype=np.int64)
+    return boxes, categories, positions.clip(min=0)
 
 
-def _check_counts(
-    objects: Sequence[Record], positions: np.ndarray, position_of: dict[int, int], rules: Rules, findings: Findings
-) -> None:
-    """Report images with more objects than can be trained on."""
-    if len(objects) <= MAX_OBJECTS_PER_IMAGE:
+def _check_own_ids(reader: RecordReader) -> None:
+    """Report ids of objects that occur twice; they are not kept."""
+    ids = reader.ids("id")
+    if len(set(ids)) == len(ids):
         return
-    ids = [record.get("image_id") for record in objects]
-    counts = np.bincount(positions[[_is_int(id_) and id_ in position_of for id_ in ids]])
+    first_with: dict[int, int] = {}
+    for n, id_ in enumerate(ids):
+        if id_ is not None and first_with.setdefault(id_, n) != n:
+            problem = f"annotation id {short(reader.rows[n]['id'])} is also that of {reader.place(first_with[id_])}"
+            if n not in reader.dropped:
+                remedy = "give every annotation its own id"
+                reader.findings.error("object", reader.place(n), problem, remedy, obj=n)
+
+
+def _check_counts(reader: RecordReader, positions: np.ndarray, rules: Rules) -> None:
+    """Report images with more objects than can be trained on."""
+    if len(positions) <= MAX_OBJECTS_PER_IMAGE:
+        return
+    counts = np.bincount(positions[positions >= 0])
     for i in np.flatnonzero(counts > MAX_OBJECTS_PER_IMAGE).tolist():
         problem = f"{counts[i]} objects in one image are more than the limit of {MAX_OBJECTS_PER_IMAGE}"
-        findings.error("image", rules.image_place(i), problem, "cut the picture into smaller ones", image=i)
-
-
-def _number_rows(objects: Sequence[Record], name: str, length: int, rules: Rules, findings: Findings) -> np.ndarray:
-    """Return field ``name`` of every object as float64 [N, length]; an entry that is no such list holds zeros."""
-    try:
-        rows = np.array([record[name] for record in objects], dtype=np.float64).reshape(len(objects), -1)
-        are_numbers = set(map(type, itertools.chain.from_iterable(r[name] for r in objects))) <= {int, float}
-        if are_numbers and rows.shape[1] == length and np.isfinite(rows).all():
-            return rows
-    except (KeyError, TypeError, ValueError, OverflowError):
-        pass
-    rows = np.zeros((len(objects), length))
-    for n, record in enumerate(objects):
-        value = record.get(name)
-        numbers = value if isinstance(value, list) else []
-        if len(numbers) != length or not all(map(_is_number, numbers)):
-            problem = f"{name} is {_short(value)}, expected {length} numbers"
-            findings.error("object", rules.object_place(n), problem, "fix or remove the object", obj=n)
-        elif not all(map(_is_finite, numbers)):
-            problem = f"{name} is {_short(value)}, expected finite numbers"
-            findings.error("object", rules.object_place(n), problem, "fix or remove the object", obj=n)
-        else:
-            rows[n] = numbers
-    return rows
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        reader.findings.error("image", rules.image_place(i), problem, "cut the picture into smaller ones", image=i)
 
 
 def check_boxes(
@@ -213,6 +149,7 @@ def check_boxes(
         return
     usable = np.ones(len(boxes), dtype=bool)
     usable[list(findings.dropped_objects)] = False
+    usable &= ~np.isin(image_of_object, list(findings.dropped_images))
     x1, y1 = boxes[:, 0], boxes[:, 1]
     x2, y2 = x1 + boxes[:, 2], y1 + boxes[:, 3]
     width, height = widths[image_of_object], heights[image_of_object]
@@ -259,39 +196,32 @@ def check_boxes(
 
 
 def check_keypoints(
-    objects: Sequence[Record],
+    reader: RecordReader,
+    category_ids: np.ndarray,
+    names: dict[int, str],
     image_of_object: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
     rules: Rules,
-    findings: Findings,
 ) -> np.ndarray:
     """Return float64 [N, K, 3]; K is that of the first object with keypoints, objects without have zeros."""
-    lengths = [len(v) if isinstance(v := record.get("keypoints"), list) else 0 for record in objects]
-    length = next((k for k in lengths if k), 0)
+    field, findings = FIELDS["object", "keypoints"], reader.findings
+    rows = [value or [] for value in reader.column("keypoints")]
+    counts = np.array([len(row) // 3 for row in rows], dtype=np.int64)
+    length = next((k for k in counts.tolist() if k), 0)
     if length == 0:
-        return np.zeros((len(objects), 0, 3))
-    empty = [0] * length
-    filled = [record if k else {"id": record.get("id"), "keypoints": empty} for record, k in zip(objects, lengths)]
-    if length % 3:
-        first = lengths.index(length)
-        problem = f"{length} keypoint numbers, expected three per point (x, y, v)"
-        findings.error("keypoints", rules.object_place(first), problem, "write x, y, v for every point")
-        return np.zeros((len(objects), 0, 3))
-    for n, k in enumerate(lengths):
-        if k not in (0, length):
-            problem = f"{k // 3} keypoints, the objects before have {length // 3}"
-            remedy = "give every object the same number of keypoints"
-            findings.error("keypoints", rules.object_place(n), problem, remedy, obj=n)
-            filled[n] = {"keypoints": empty}
-    rows = _number_rows(filled, "keypoints", length, rules, findings)
-    keypoints = rows.reshape(len(objects), -1, 3)
+        return np.zeros((len(rows), 0, 3))
+    keypoints = np.zeros((len(rows), length, 3))
+    has_points = counts == length
+    _check_point_counts(reader, counts, category_ids, names)
+    keypoints[has_points] = np.array([row for row, k in zip(rows, counts) if k == length]).reshape(-1, length, 3)
 
     v = keypoints[:, :, 2]
-    for n in np.flatnonzero(~np.isin(v, (0, 1, 2)).all(axis=1)).tolist():
+    is_odd = ~np.isin(v, (0, 1, 2)).all(axis=1)
+    for n in np.flatnonzero(is_odd).tolist():
         values = ", ".join(f"{x:g}" for x in v[n])
-        remedy = "v is 0 (not labelled), 1 (hidden) or 2 (visible)"
-        findings.error("keypoints", rules.object_place(n), f"visibilities {values}", remedy, obj=n)
+        reader.wrong(field, n, f"visibilities {values}, expected 0, 1 or 2")
+    keypoints[is_odd] = 0
     width, height = widths[image_of_object][:, None], heights[image_of_object][:, None]
     x, y = keypoints[:, :, 0], keypoints[:, :, 1]
     outside = (v > 0) & ((x < -1) | (y < -1) | (x > width) | (y > height)) & (width > 0)
@@ -300,146 +230,76 @@ def check_keypoints(
         size = f"{width[n, 0]} x {height[n, 0]} pixels"
         problem = f"labelled keypoint {k} at ({x[n, k]:g}, {y[n, k]:g}) lies outside the image of {size}"
         if rules.strict_boxes:
-            findings.error("keypoints", rules.object_place(n), problem, "correct it or set its v to 0", obj=n)
+            reader.wrong(field, n, problem, remedy="correct it or set its v to 0")
         else:
             findings.warn("keypoints", rules.object_place(n), problem, "it counts as not labelled in training")
+    _compare_num_keypoints(reader, (keypoints[:, :, 2] > 0).sum(axis=1))
     return keypoints
 
 
-def check_flags(objects: Sequence[Record], rules: Rules, findings: Findings) -> tuple[np.ndarray, np.ndarray]:
+def _check_point_counts(
+    reader: RecordReader, counts: np.ndarray, category_ids: np.ndarray, names: dict[int, str]
+) -> None:
+    """Report objects with other numbers of keypoints than the first: once a class where classes differ."""
+    field, findings = FIELDS["object", "keypoints"], reader.findings
+    first = int(np.flatnonzero(counts)[0])
+    expected = int(counts[first])
+    odd = np.flatnonzero((counts != 0) & (counts != expected))
+    odd = odd[[n not in findings.dropped_objects for n in odd.tolist()]] if len(odd) else odd
+    if not len(odd):
+        return
+    seen: dict[int, set[int]] = {}
+    for category, count in zip(category_ids[counts > 0].tolist(), counts[counts > 0].tolist()):
+        seen.setdefault(category, set()).add(count)
+    if "keypoints" not in reader.uses or any(len(of_class) > 1 for of_class in seen.values()):
+        for n in odd.tolist():
+            problem = f"{counts[n]} keypoints, the objects before have {expected}"
+            reader.wrong(field, n, problem, remedy="give every object the same number of keypoints")
+        return
+    for category in np.unique(category_ids[odd]).tolist():
+        objects = odd[category_ids[odd] == category].tolist()
+        expected_by = f"those of {names.get(int(category_ids[first]), '?')!r} {expected}"
+        problem = (
+            f"{len(objects)} object(s) of class {names.get(category, category)!r} have {counts[objects[0]]} "
+            f"keypoints, {expected_by}; a model learns one number of them"
+        )
+        remedy = "keep the keypoints of one class only, or give both the same"
+        findings.error("keypoints", reader.place(objects[0]), problem, remedy, obj=objects[0])
+        findings.dropped_objects.update(objects)
+
+
+def _compare_num_keypoints(reader: RecordReader, labelled: np.ndarray) -> None:
+    """Remark where num_keypoints is not the number of labelled points: pycocotools goes by it, this suite counts."""
+    if "keypoints" not in reader.uses:
+        return
+    for n, (value, count) in enumerate(zip(reader.column("num_keypoints"), labelled.tolist())):
+        if value is not None and value != count and n not in reader.dropped:
+            problem = f"num_keypoints is {value}, but {count} points have v > 0"
+            reader.notes.add(("num_keypoints",), "num_keypoints", reader.place(n), problem, "the points decide")
+
+
+def check_flags(reader: RecordReader) -> tuple[np.ndarray, np.ndarray]:
     """Return (is_crowd bool [N], areas float64 [N], NaN where the file has none)."""
-    is_crowd, areas = np.zeros(len(objects), dtype=bool), np.full(len(objects), np.nan)
-    for n, record in enumerate(objects):
-        crowd, area = record.get("iscrowd", 0), record.get("area")
-        if crowd not in (0, 1):
-            findings.error("object", rules.object_place(n), f"iscrowd is {crowd!r}", "it is 0 or 1", obj=n)
-        else:
-            is_crowd[n] = crowd
-        if area is None:
-            continue
-        if not _is_number(area) or not _is_finite(area) or area < 0:
-            problem = f"area is {_short(area)}, expected a number of square pixels"
-            findings.error("object", rules.object_place(n), problem, "correct it or leave it out", obj=n)
-        else:
-            areas[n] = area
-    return is_crowd, areas
-
-
-@dataclass
-class Segmentations:
-    """Polygons and compressed run lengths of every object, one of the two empty."""
-
-    polygons: list[list[list[float]]]
-    rles: list[bytes]
-
-
-def check_segmentations(
-    objects: Sequence[Record],
-    image_of_object: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    rules: Rules,
-    findings: Findings,
-    needs_masks: bool,
-) -> Segmentations:
-    """Sort segmentations into polygons and run lengths; polygons of less than three points are dropped."""
-    shapes = Segmentations([[] for _ in objects], [b""] * len(objects))
-    for n, record in enumerate(objects):
-        segmentation = record.get("segmentation")
-        if isinstance(segmentation, list):
-            if not all(isinstance(p, list) for p in segmentation):
-                problem = f"segmentation is {_short(segmentation)}, expected polygons [[x, y, ...], ...]"
-                findings.error("segmentation", rules.object_place(n), problem, "fix it", obj=n)
-            else:
-                shapes.polygons[n] = segmentation
-        elif isinstance(segmentation, dict):
-            i = image_of_object[n]
-            reason = _rle_problem(segmentation, int(heights[i]), int(widths[i]))
-            if reason is None:
-                shapes.rles[n] = compress_rle(segmentation, int(heights[i]), int(widths[i]))
-            else:
-                findings.error("segmentation", rules.object_place(n), reason, "fix or remove it", obj=n)
-        elif segmentation is not None:
-            problem = f"segmentation is {_short(segmentation)}, expected polygons or run lengths"
-            findings.error("segmentation", rules.object_place(n), problem, "fix it", obj=n)
-    for n in _objects_with_odd_polygons(shapes.polygons):
-        shapes.polygons[n] = _usable_polygons(n, shapes.polygons[n], rules, findings)
-    if needs_masks:
-        for n in range(len(objects)):
-            if not shapes.polygons[n] and not shapes.rles[n] and n not in findings.dropped_objects:
-                problem, remedy = "no segmentation, but the model learns masks", "add polygons or train a box model"
-                findings.error("segmentation", rules.object_place(n), problem, remedy, obj=n)
-    return shapes
-
-
-def _objects_with_odd_polygons(polygons: list[list[list[float]]]) -> list[int]:
-    """Return the objects with a polygon that is not an even number of at least six finite numbers."""
-    try:  # a sum is finite only if all its terms are
-        all_finite = math.isfinite(sum(map(sum, itertools.chain.from_iterable(polygons))))
-    except (TypeError, ValueError, OverflowError):
-        all_finite = False
-    if not all_finite:  # look at every polygon
-        return [n for n, points in enumerate(polygons) if points]
-    return [n for n, rows in enumerate(polygons) if any(len(row) < 6 or len(row) % 2 for row in rows)]
-
-
-def _usable_polygons(n: int, polygons: list[list[Any]], rules: Rules, findings: Findings) -> list[list[float]]:
-    """Return the polygons of object ``n`` that have an area; report the others."""
-    usable = []
-    for points in polygons:
-        try:
-            finite = bool(np.isfinite(np.array(points, dtype=np.float64)).all())
-        except (TypeError, ValueError, OverflowError):
-            finite = False
-        if not finite or len(points) % 2:
-            problem = f"polygon {_short(points)} is not an even number of finite numbers"
-            findings.error("segmentation", rules.object_place(n), problem, "fix it", obj=n)
-        elif len(points) < 6:
-            problem = f"a polygon of {len(points) // 2} point(s)"
-            findings.warn("short polygon", rules.object_place(n), problem, "it is left out; an area needs three")
-        else:
-            usable.append(points)
-    return usable
-
-
-def _rle_problem(segmentation: Record, height: int, width: int) -> str | None:
-    """Say what is wrong with run lengths, or return None."""
-    if segmentation.get("size") != [height, width]:
-        return f"the mask has size {_short(segmentation.get('size'))}, the image {[height, width]}"
-    counts = segmentation.get("counts")
-    if isinstance(counts, list):
-        if not all(_is_int(c) and c >= 0 for c in counts) or sum(counts) != height * width:
-            return f"run lengths do not add up to {height} x {width} pixels"
-        return None
-    if not isinstance(counts, str) or not counts or not all(48 <= ord(c) < 112 for c in counts):
-        return f"counts is {_short(counts)}, expected run lengths or COCO's compressed string"
-    try:
-        lengths = run_lengths(counts.encode())
-    except ValueError as error:
-        return str(error)
-    if min(lengths) < 0 or sum(lengths) != height * width:
-        return f"run lengths do not add up to {height} x {width} pixels"
-    return None
+    return np.array(reader.column("iscrowd"), dtype=bool), np.array(reader.column("area"), dtype=np.float64)
 
 
 def check_keypoint_names(
-    categories: Sequence[Record], num_keypoints: int, rules: Rules, findings: Findings
+    reader: RecordReader, num_keypoints: int
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Return names and skeleton (indices from 0) of the first category that names its keypoints."""
-    for k, record in enumerate(categories):
-        names = record.get("keypoints")
-        if not names or not num_keypoints:
+    if not num_keypoints:
+        return (), ()
+    for k, (names, links) in enumerate(zip(reader.column("keypoints"), reader.column("skeleton"))):
+        if not names:
             continue
-        place = f"{rules.file}: categories[{k}]"
-        if not isinstance(names, list) or len(names) != num_keypoints:
+        if len(names) != num_keypoints:
             problem = f"{len(names)} keypoint names for objects with {num_keypoints} keypoints"
-            findings.error("category", place, problem, "name every keypoint once")
+            reader.wrong(FIELDS["category", "keypoints"], k, problem)
             continue
-        skeleton = record.get("skeleton") or []
-        pairs = [pair for pair in skeleton if isinstance(pair, list) and len(pair) == 2 and all(map(_is_int, pair))]
-        if len(pairs) != len(skeleton) or not all(1 <= a <= num_keypoints for pair in pairs for a in pair):
-            problem = f"skeleton {_short(skeleton)} is not pairs of keypoint numbers 1 to {num_keypoints}"
-            findings.error("category", place, problem, "fix or remove it")
-            pairs = []
-        return tuple(map(str, names)), tuple((a - 1, b - 1) for a, b in pairs)
+        links = links or []
+        if any(max(pair) > num_keypoints for pair in links):
+            problem = f"skeleton {short(links)} is not pairs of keypoint numbers 1 to {num_keypoints}"
+            reader.wrong(FIELDS["category", "skeleton"], k, problem)
+            links = []
+        return tuple(names), tuple((a - 1, b - 1) for a, b in links)
     return (), ()

@@ -74,7 +74,7 @@ def load(way, path, cache):
         return json.loads(Path(path).read_text())
     if way == "COCO()":
         return COCO(path)
-    return cached_annotations(Path(path), lambda: read_coco(Path(path), needs_masks=True), Path(cache))
+    return cached_annotations(Path(path), lambda: read_coco(Path(path), uses=("segm",)), Path(cache))
 
 
 def run_way(way, path, cache, method):

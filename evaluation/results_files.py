@@ -3,14 +3,18 @@
 import heapq
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from annotations.findings import BadDataError, Findings
-from annotations.record_checks import Record
+from annotations.arrays import Annotations
+from annotations.fields import short
+from annotations.findings import BadDataError, Finding, Findings
+from annotations.record_reader import Notes, Record, RecordReader
+from annotations.segmentations import check_segmentations, rle_of
 from coco_utils import read_json
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.detections import Detections
@@ -26,18 +30,26 @@ def rle_of_block(block: MaskBlock, height: int, width: int) -> dict[str, Any]:
     return {"size": [height, width], "counts": counts_of_block(block, height, width).decode()}
 
 
-def results_of(image_id: int, size: tuple[int, int], detections: Detections, iou_type: str) -> list[Record]:
+def results_of(
+    image_id: int | str,
+    size: tuple[int, int],
+    detections: Detections,
+    iou_type: str,
+    category_texts: Mapping[int, str] = MappingProxyType({}),
+) -> list[Record]:
     """Return one image's detections as records of a COCO results file.
 
     Args:
-        image_id: Of the image.
+        image_id: The image's id in its file.
         size: (height, width) of the image.
-        detections: Of the image; those without keypoints are left out for "keypoints".
+        detections: What was found in it; detections without keypoints are left out for "keypoints".
         iou_type: "bbox", "segm" or "keypoints".
+        category_texts: The ids of categories that are text in their file, by the number that stands for them.
     """
     records: list[Record] = []
     for n in range(len(detections)):
-        record: Record = {"image_id": image_id, "category_id": int(detections.category_ids[n])}
+        category = int(detections.category_ids[n])
+        record: Record = {"image_id": image_id, "category_id": category_texts.get(category, category)}
         if iou_type == "bbox":
             assert detections.boxes_xywh is not None
             record["bbox"] = detections.boxes_xywh[n].tolist()
@@ -61,10 +73,17 @@ class PredictionWriter:
         folder: Where to; all processes must see the same one.
         iou_types: Kinds to write.
         sizes: (height, width) of every image by id, in the order in which images are to stand in the file.
+        id_texts: (number, text) of ids that are text in the dataset: the file gets the text.
     """
 
-    def __init__(self, folder: Path, iou_types: Sequence[str], sizes: dict[int, tuple[int, int]]) -> None:
-        self.folder, self.sizes = folder, sizes
+    def __init__(
+        self,
+        folder: Path,
+        iou_types: Sequence[str],
+        sizes: dict[int, tuple[int, int]],
+        id_texts: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        self.folder, self.sizes, self.id_texts = folder, sizes, dict(id_texts)
         self.order = {image_id: position for position, image_id in enumerate(sizes)}
         folder.mkdir(parents=True, exist_ok=True)
         self.shards = {t: self._shard(t, rank()).open("w") for t in iou_types}
@@ -76,7 +95,8 @@ class PredictionWriter:
         """Append a batch to this process's shards."""
         for image_id, detections in zip(image_ids, batch):
             for iou_type, shard in self.shards.items():
-                records = results_of(image_id, self.sizes[image_id], detections, iou_type)
+                own_id = self.id_texts.get(image_id, image_id)
+                records = results_of(own_id, self.sizes[image_id], detections, iou_type, self.id_texts)
                 shard.write(json.dumps([self.order[image_id], records]) + "\n")
 
     def close(self, keep: bool = True) -> None:
@@ -114,10 +134,10 @@ def _read_lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def read_results_of_images(path: Path, image_ids: Collection[int]) -> dict[int, list[Record]]:
+def read_results_of_images(path: Path, image_ids: Collection[int | str]) -> dict[int | str, list[Record]]:
     """Return the records of some images from a file that `PredictionWriter` wrote, one per line, parsing only those."""
-    found: dict[int, list[Record]] = {image_id: [] for image_id in image_ids}
-    starts = tuple(f'{{"image_id": {image_id},' for image_id in found)
+    found: dict[int | str, list[Record]] = {image_id: [] for image_id in image_ids}
+    starts = tuple(f'{{"image_id": {json.dumps(image_id)},' for image_id in found)
     with path.open() as file:
         for line in file:
             text = line.lstrip("[")
@@ -127,40 +147,77 @@ def read_results_of_images(path: Path, image_ids: Collection[int]) -> dict[int, 
     return found
 
 
-def read_results(path: Path) -> list[Record]:
+def read_results(path: Path, iou_types: Collection[str] | None = None) -> tuple[list[Record], dict[int, str]]:
     """Read a COCO results file and check its entries as far as that needs no ground truth.
+
+    Ids of text become the numbers that stand for them (`number_of_id`); what is taken although it is in another form,
+    or left out because it is not scored, is warned of.
+
+    Args:
+        path: The file.
+        iou_types: What is scored, "bbox", "segm" or "keypoints": other parts may be broken; None for all.
+
+    Returns:
+        (the results, {number: text} of ids that are text).
 
     Raises:
         BadDataError: What is wrong, all findings at once.
     """
     content = read_json(path)
-    findings = Findings()
-    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
-        findings.error("results", str(path), "expected a list of results", "is this a COCO results file?")
-        raise BadDataError(findings.found)
+    findings, notes = Findings(), Notes()
+    if not isinstance(content, list):
+        problem = f"expected a list of results, got {short(content)}"
+        raise BadDataError([Finding("results", str(path), problem, "is this a COCO results file?")])
     for n, record in enumerate(content):
-        score = record.get("score")
-        for name in ("image_id", "category_id"):
-            if not isinstance(record.get(name), int):
-                findings.error("results", f"{path}: [{n}]", f"{name} is {record.get(name)!r}", "give an integer")
-        if not isinstance(score, (int, float)) or not np.isfinite(score):
-            findings.error("results", f"{path}: [{n}]", f"score is {score!r}", "give a finite number")
-        for name, length in (("bbox", 4), ("keypoints", None)):
-            values = record.get(name)
-            if values is not None and not _are_finite(values, length):
-                findings.error("results", f"{path}: [{n}]", f"{name} is {str(values)[:60]}", "give finite numbers")
-        mask = record.get("segmentation")
-        if mask is not None and not (isinstance(mask, dict) and {"size", "counts"} <= set(mask)):
-            remedy = "give run lengths, {size, counts}, as pycocotools writes them"
-            findings.error("results", f"{path}: [{n}]", f"segmentation is {str(mask)[:60]}", remedy)
+        if not isinstance(record, dict):
+            problem = f"expected an object {{...}}, got {short(record)}"
+            findings.error("results", f"{path}: [{n}]", problem, "fix or remove it")
     findings.raise_errors()
-    return content
+    uses = SCORE_KINDS if iou_types is None else iou_types
+    reader = RecordReader("result", content, lambda n: f"{path}: [{n}]", findings, notes, tuple(uses))
+    columns: dict[str, Sequence[Any] | np.ndarray] = {name: reader.ids(name) for name in ("image_id", "category_id")}
+    columns["score"] = reader.column("score")
+    for kind in SCORE_KINDS.values():
+        columns[kind.field] = (
+            reader.column(kind.field) if any(kind.field in r for r in content) else [None] * len(content)
+        )
+    _log(findings, notes)
+    names = list(columns)
+    rows = zip(*(column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()))
+    return [{name: value for name, value in zip(names, row) if value is not None} for row in rows], notes.id_texts
 
 
-def _are_finite(values: Any, length: int | None) -> bool:
-    if not isinstance(values, list) or (length is not None and len(values) != length):
-        return False
-    return all(isinstance(v, (int, float)) for v in values) and bool(np.isfinite(np.array(values, float)).all())
+def encode_masks(records: Sequence[Record], annotations: Annotations, name: str) -> None:
+    """Turn the masks of results into compressed run lengths, in place; polygons fill pixels as in the ground truth.
+
+    Args:
+        records: From `read_results`; the images of all are in the ground truth.
+        annotations: The ground truth, which has the pictures' sizes.
+        name: The results file, for messages.
+
+    Raises:
+        BadDataError: Masks of another size, or run lengths that are none, all at once.
+    """
+    chosen = [n for n, record in enumerate(records) if "segmentation" in record]
+    position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
+    images = np.array([position_of[records[n]["image_id"]] for n in chosen], dtype=np.int64)
+    findings, notes = Findings(), Notes()
+    reader = RecordReader(
+        "result", [records[n] for n in chosen], lambda k: f"{name}: [{chosen[k]}]", findings, notes, ("segm",)
+    )
+    shapes = check_segmentations(reader, images, annotations.heights, annotations.widths)
+    _log(findings, notes)
+    for n, i, polygons, counts in zip(chosen, images.tolist(), shapes.polygons, shapes.rles):
+        size = int(annotations.heights[i]), int(annotations.widths[i])
+        records[n]["segmentation"] = rle_of(polygons, counts, *size)
+
+
+def _log(findings: Findings, notes: Notes) -> None:
+    """Warn of what was noted; raise what is wrong."""
+    notes.flush(findings)
+    findings.raise_errors()
+    for finding in findings.warnings():
+        logger.warning("%s", finding)
 
 
 def detections_of_results(records: Sequence[Record], iou_type: str) -> Detections:

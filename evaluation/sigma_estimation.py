@@ -44,7 +44,7 @@ def read_annotator(path: Path) -> Annotator:
     images: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     names: tuple[str, ...] = ()
     if path.is_file():
-        annotations = read_coco(path)
+        annotations = read_coco(path, uses=["keypoints"])
         names = annotations.keypoint_names
         for i in range(len(annotations)):
             objects = annotations.objects(i)

@@ -72,7 +72,7 @@ def load_detector(path: Path) -> Detector:
     model, spec = rebuild_model(content)
     known = content["dataset"]
     skeleton = Skeleton(tuple(known["keypoint_names"]), tuple((a, b) for a, b in known["skeleton"]))
-    label_map = LabelMap(tuple(known["label_categories"]), tuple(known["label_names"]))
+    label_map = LabelMap.from_plain(known)
     # An evaluation in which nothing was found leaves 0, which says nothing.
     threshold = content.get("metrics", {}).get("score_threshold") or None
     return Detector(model.eval(), spec, label_map, skeleton, threshold)

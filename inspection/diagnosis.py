@@ -122,7 +122,7 @@ def try_training_data(source: Source, task: str, build: Callable[[Data], Built])
     with collected_log():  # the same again with less in it: nothing new for the user
         for role in ("train", "val"):
             try:
-                source.load(role, needs_masks=task == "mask")
+                source.load(role, task=task)
             except BadDataError as error:
                 trial.add_errors(error.findings)
             except (ValueError, FileNotFoundError):

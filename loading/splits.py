@@ -90,14 +90,14 @@ def find_coco_paths(
 
 
 def load_coco_split(
-    paths: CocoPaths, *, on_bad_data: str = "error", needs_masks: bool = False, cache_dir: Path | None = None
+    paths: CocoPaths, *, on_bad_data: str = "error", uses: Sequence[str] = (), cache_dir: Path | None = None
 ) -> Split:
     """Read a COCO-style split through the annotation cache and look for its image files."""
     annotations = cached_annotations(
         paths.annotations,
-        lambda: read_coco(paths.annotations, on_bad_data=on_bad_data, needs_masks=needs_masks),
+        lambda: read_coco(paths.annotations, on_bad_data=on_bad_data, uses=uses),
         cache_dir,
-        options=f"{on_bad_data} {needs_masks}",
+        options=f"{on_bad_data} {' '.join(uses)}",
     )
     findings = Findings(on_bad_data)
     files = check_files(annotations, paths.images, findings)
@@ -116,7 +116,7 @@ def load_custom_split(
     role: str,
     *,
     on_bad_data: str = "error",
-    needs_masks: bool = False,
+    uses: Sequence[str] = (),
     cache_dir: Path | None = None,
     classes: Sequence[str] = (),
 ) -> Split:
@@ -126,16 +126,16 @@ def load_custom_split(
         root: Folder of the dataset, with ``train``, ``test`` and perhaps ``dataset.json``.
         role: ``train`` or ``val``.
         on_bad_data: ``error`` or ``skip``.
-        needs_masks: Whether an object without a segmentation is an error.
+        uses: What is learnt beside boxes, see `annotations_from_records`.
         cache_dir: Remembers which images decode.
         classes: Names of the labels, where ``dataset.json`` has none: those of the training split or checkpoint.
     """
     folder = root / ("train" if role == "train" else "test")
     findings = Findings(on_bad_data)
-    info = read_dataset_info(root, findings)
+    info = read_dataset_info(root, findings, uses=uses)
     if not info.classes and classes:
         info = replace(info, classes=tuple(classes))
-    annotations = read_folder(folder, info, on_bad_data=on_bad_data, needs_masks=needs_masks, findings=findings)
+    annotations = read_folder(folder, info, on_bad_data=on_bad_data, uses=uses, findings=findings)
     findings = Findings(on_bad_data)
     check_files(annotations, folder, findings)
     missing = sorted(findings.dropped_images)
@@ -143,7 +143,9 @@ def load_custom_split(
     check_decoding(annotations, folder, findings, apply_exif=True, cache_dir=cache_dir, indices=present)
     findings.raise_errors()
     _log_warnings((*annotations.warnings, *findings.warnings()))
-    skeleton = info.skeleton
+    count = annotations.num_keypoints
+    links = tuple((a, b) for a, b in info.skeleton.links if 0 <= a < count and 0 <= b < count)
+    skeleton = replace(info.skeleton, links=links)
     if skeleton.flip_pairs is None and skeleton.names:
         skeleton = Skeleton(skeleton.names, skeleton.links, _implied_pairs(skeleton.names), skeleton.sigmas)
     indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
@@ -167,6 +169,10 @@ def load_shapes_split(role: str) -> Split:
     return Split(f"shapes ({role})", annotations, ShapeDrawer(role), np.arange(len(annotations)), skeleton)
 
 
+# What a model learns beside boxes, by its task.
+_USES: dict[str, tuple[str, ...]] = {"box": (), "mask": ("segm",), "keypoint": ("keypoints",)}
+
+
 @dataclass(frozen=True)
 class Source:
     """Which data a run uses, and how strictly.
@@ -185,11 +191,11 @@ class Source:
     cache_dir: Path | None = None
     paths: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
 
-    def load(self, role: str, *, needs_masks: bool, classes: Sequence[str] = ()) -> Split:
-        """Read the split ``train`` or ``val``; ``classes`` as in `load_custom_split`."""
+    def load(self, role: str, *, task: str, classes: Sequence[str] = ()) -> Split:
+        """Read the split ``train`` or ``val``; ``task`` as in `load_data`, ``classes`` as in `load_custom_split`."""
         options: dict[str, Any] = {
             "on_bad_data": self.on_bad_data,
-            "needs_masks": needs_masks,
+            "uses": _USES[task],
             "cache_dir": self.cache_dir,
         }
         return self.kind.load(self, role, classes, options)
@@ -266,8 +272,7 @@ class Data:
         """Return what a checkpoint keeps of the data, as plain values; `load_data` reads it."""
         skeleton = (self.train or self.val).skeleton
         return {
-            "label_categories": list(self.label_map.category_ids),
-            "label_names": list(self.label_map.names),
+            **self.label_map.to_plain(),
             "keypoint_names": list(skeleton.names),
             "skeleton": [list(link) for link in skeleton.links],
             "sigmas": None if self.sigmas is None else self.sigmas.tolist(),
@@ -295,20 +300,19 @@ def load_data(
         FileNotFoundError: A file or folder is missing.
         ValueError: The data cannot be used; one line per finding.
     """
-    needs_masks = task == "mask"
     train = None
     if not test_only:
-        train = source.load("train", needs_masks=needs_masks, classes=tuple(known["label_names"]) if known else ())
+        train = source.load("train", task=task, classes=tuple(known["label_names"]) if known else ())
         if not train.annotations.num_objects:
             raise ValueError(f"{train.name}: no objects to train on")
     if train is not None:
         label_map = label_map_for(train.annotations)
     elif known is not None:
-        label_map = LabelMap(tuple(known["label_categories"]), tuple(known["label_names"]))
+        label_map = LabelMap.from_plain(known)
     else:
-        label_map = label_map_for(source.load("val", needs_masks=needs_masks).annotations)
+        label_map = label_map_for(source.load("val", task=task).annotations)
     names = tuple(name for id_, name in zip(label_map.category_ids, label_map.names) if id_ >= 0)
-    val = source.load("val", needs_masks=needs_masks, classes=names)
+    val = source.load("val", task=task, classes=names)
     if not len(val.indices):
         raise ValueError(f"{val.name}: no images to evaluate on")
     for split in (train, val):
@@ -427,4 +431,4 @@ def label_map_for(annotations: Annotations) -> LabelMap:
         known = {id_ for id_, _ in annotations.categories}
         ids = tuple(id_ if id_ in known else -1 for id_ in range(1, len(COCO_NAMES)))
         return LabelMap(ids, COCO_NAMES[1:])
-    return LabelMap.contiguous(annotations.categories)
+    return LabelMap.contiguous(annotations.categories, annotations.id_texts)

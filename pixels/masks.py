@@ -86,21 +86,56 @@ def _read_number(counts: bytes, position: int) -> tuple[int, int]:
             return number - (1 << shift) if group & 0x10 else number, position
 
 
-def run_lengths(counts: bytes) -> list[int]:
-    """Return the run lengths behind COCO's compressed string.
+def check_run_lengths(counts: Sequence[bytes], num_pixels: np.ndarray) -> list[str]:
+    """Say what is wrong with each of COCO's compressed strings of run lengths, "" for a good one.
 
-    Raises:
-        ValueError: The string is cut off in the middle of a number.
+    All strings are read at once. pycocotools reads them unchecked, past their end if need be.
+
+    Args:
+        counts: The strings.
+        num_pixels: int64 [N], pixels of each picture, which the run lengths have to add up to.
     """
-    lengths: list[int] = []
-    position = 0
-    try:
-        while position < len(counts):
-            number, position = _read_number(counts, position)
-            lengths.append(number + lengths[-2] if len(lengths) > 2 else number)
-    except IndexError:
-        raise ValueError("the compressed run lengths end within a number") from None
-    return lengths
+    problems = [""] * len(counts)
+    lengths = np.array([len(text) for text in counts], dtype=np.int64)
+    groups = np.frombuffer(b"".join(counts), dtype=np.uint8).astype(np.int64) - 48
+    text_of_group = np.repeat(np.arange(len(counts)), lengths)
+    strange = np.bincount(text_of_group[(groups < 0) | (groups > 63)], minlength=len(counts)) > 0
+    # A number ends at its first group without bit 5; the last number of a string has to end with the string.
+    is_last = (groups & 0x20) == 0
+    ends = np.cumsum(lengths)
+    open_end = np.zeros(len(counts), dtype=bool)
+    open_end[lengths > 0] = ~is_last[ends[lengths > 0] - 1]
+    is_last[ends[lengths > 0] - 1] = True
+    last = np.flatnonzero(is_last)
+    first = np.r_[0, last[:-1] + 1] if len(last) else last
+    sizes = last - first + 1
+    place = np.arange(len(groups)) - np.repeat(first, sizes)
+    too_long = np.bincount(text_of_group[last[sizes > 7]], minlength=len(counts)) > 0  # 2 ** 35 pixels
+    parts = (groups & 0x1F) << (5 * np.minimum(place, 7))
+    numbers = np.add.reduceat(parts, first) if len(first) else parts
+    numbers -= np.where(groups[last] & 0x10, 1 << (5 * np.minimum(sizes, 7)), 0)
+    # From the fourth on a number is the difference to the one two before: sum every second one, without the first.
+    text_of_number = text_of_group[last]
+    start = np.searchsorted(text_of_number, np.arange(len(counts)))
+    position = np.arange(len(numbers)) - start[text_of_number]
+    runs = numbers.copy()
+    for parity in (1, 0):
+        of_chain = (position % 2 == parity) & (position > 0)
+        chain, text = numbers[of_chain], text_of_number[of_chain]
+        total = np.cumsum(chain)
+        first_of_text = np.searchsorted(text, text)
+        runs[of_chain] = total - total[first_of_text] + chain[first_of_text]
+    negative = np.bincount(text_of_number[runs < 0], minlength=len(counts)) > 0
+    sums = np.zeros(len(counts), dtype=np.int64)
+    np.add.at(sums, text_of_number, runs)
+    for n in np.flatnonzero((lengths == 0) | strange | open_end | too_long | negative | (sums != num_pixels)).tolist():
+        if lengths[n] == 0 or strange[n]:
+            problems[n] = "the counts are not COCO's compressed string"
+        elif open_end[n]:
+            problems[n] = "the compressed run lengths end within a number"
+        else:
+            problems[n] = f"the run lengths do not add up to the picture's {num_pixels[n]} pixels"
+    return problems
 
 
 def _shorten_first_run(counts: bytes, amount: int) -> bytes | None:

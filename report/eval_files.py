@@ -149,7 +149,8 @@ def _write_images(path: Path, evaluator: CocoEvaluator, images: ImageScores) -> 
     for n in order.tolist():
         i = int(images.positions[n])
         counts = [int(column[n]) for column in (images.objects, images.detections, images.hits)]
-        rows.append([int(annotations.image_ids[i]), annotations.file_name(i), *counts, float(images.f1[n])])
+        own_id = annotations.own_id(int(annotations.image_ids[i]))
+        rows.append([own_id, annotations.file_name(i), *counts, float(images.f1[n])])
     _write_csv(path, ["image_id", "file_name", "objects", "detections", "hits", "f1"], rows)
 
 

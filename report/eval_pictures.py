@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from annotations.arrays import Annotations
-from annotations.record_checks import Record
+from annotations.record_reader import Record
 from coco_eval import CocoEvaluator
 from evaluation.analysis import ImageScores
 from evaluation.detections import Detections
@@ -44,7 +44,7 @@ class Example:
 
     picture: str
     sort: str
-    image_id: int
+    image_id: int | str
     file_name: str
     objects: int
     detections: int
@@ -78,7 +78,7 @@ def draw_examples(
     chosen = [("worst", n) for n in ranked[:number].tolist() if images.f1[n] < 1]
     shown = {n for _, n in chosen}
     chosen += [("best", n) for n in ranked[::-1][:number].tolist() if images.f1[n] > 0 and n not in shown]
-    ids = [int(annotations.image_ids[images.positions[n]]) for _, n in chosen]
+    ids = [annotations.own_id(int(annotations.image_ids[images.positions[n]])) for _, n in chosen]
     records = {t: read_results_of_images(predictions_dir / f"predictions_{t}.json", ids) for t in evaluator.iou_types}
     examples: list[Example] = []
     numbers = {"worst": 0, "best": 0}

@@ -55,7 +55,7 @@ def test_null_points_and_missing_optional_fields(tmp_path):
         entry["area"] = [123.5] + [None] * (len(entry["bboxes"]) - 1)
 
     edit(root, change)
-    annotations = read_folder(root / "train", DatasetInfo(), needs_masks=True)
+    annotations = read_folder(root / "train", DatasetInfo(), uses=["segm"])
     assert annotations.keypoints[0, 1].tolist() == [0, 0, 0]
     assert annotations.is_crowd[0] and annotations.areas[0] == 123.5
     assert annotations.categories == ((1, "cat"), (2, "dog"))
@@ -111,12 +111,12 @@ BAD_ENTRIES = {
     "y2 <= y1": (_first("bboxes", [20, 30, 40, 30]), r"bboxes\[0\]: box \[20, 30, 40, 30\] has y2 <= y1"),
     "outside": (_first("bboxes", [100, 100, 120, 130]), r"lies outside the image of 80 x 60 pixels"),
     "partly outside": (_first("bboxes", [70, 10, 95, 30]), r"lies partly outside the image of 80 x 60 pixels"),
-    "three numbers": (_first("bboxes", [1, 2, 3]), r"bboxes\[0\]: bbox is \[1, 2, 3\], expected 4 numbers"),
-    "text": (_first("bboxes", "x"), r"bboxes\[0\]: bbox is 'x', expected 4 numbers"),
+    "three numbers": (_first("bboxes", [1, 2, 3]), r"bboxes\[0\]: bbox is \[1, 2, 3\], expected 4 finite numbers"),
+    "text": (_first("bboxes", "x"), r"bboxes\[0\]: bbox is 'x', expected 4 finite numbers"),
     "no boxes": (lambda entry: entry.pop("bboxes"), r"im_000\.json: expected an object with a list 'bboxes'"),
     "keypoint outside": (_first("keypoints", [[100, 5, 2], [5, 5, 2]]), r"labelled keypoint 0 at \(100, 5\) lies outside"),
     "visibility": (_first("keypoints", [[10, 5, 3], [5, 5, 2]]), r"visibilities 3, 2"),
-    "point without v": (_first("keypoints", [[10, 5], [5, 5, 2]]), r"keypoints\[0\]: point 0 is \[10, 5\], expected \[x, y, v\]"),
+    "point without v": (_first("keypoints", [[10, 5], [5, 5, 2]]), r"bboxes\[0\]: keypoints is .*, expected \[x, y, v\] for every point; point 0 is \[10, 5\]"),
     "other K": (_first("keypoints", [[10, 5, 2]]), r"keypoints"),
     "keypoints for other boxes": (lambda e: e["keypoints"].append([]), r"keypoints: \d entries for \d boxes"),
     "labels for other boxes": (_set("labels", ["a"] * 9), r"labels: 9 entries for \d boxes"),
@@ -131,7 +131,7 @@ def test_a_bad_entry_is_refused_with_file_place_and_remedy(tmp_path, name):
     root = draw_folder(tmp_path / "custom")
     edit(root, change)
     with pytest.raises(BadDataError, match=message) as caught:
-        read_folder(root / "train", DatasetInfo())
+        read_folder(root / "train", DatasetInfo(), uses=["keypoints"])
     assert "; " in str(caught.value)
 
 
@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read_are_named_all_at_once(tmp_path):
         "im_002.png: no annotation",
         "im_003.json: no image",
         "im_004.png: im_004.jpg has the same stem",
-        "im_005.json: the number NaN is not allowed",
+        "im_005.json: the number NaN at line 1 column 14 is not allowed",
     ):
         assert part in text, part
     assert text.startswith("6 error(s)")
@@ -315,23 +315,40 @@ BAD_KEYS = {
         ["a", "b", "c"],
         r"dataset\.json: keypoint_names: 3 keypoint names for objects with 2 keypoints",
     ),
-    "skeleton": ([[0, 5]], r"dataset\.json: skeleton: links points 0 and 5 \(from 0\), but objects have 2 keypoints"),
+    "skeleton": ([[0, "x"]], r"dataset\.json: skeleton: .*'x' is not among keypoint_names; .*nothing here needs it"),
     "flip_pairs": ([[0, 1], [1, 0]], r"dataset\.json: flip_pairs: flip pair \[1, 0\]: a keypoint is in two pairs"),
     "oks_sigmas": ([0.1, 0.1, 0.1], r"dataset\.json: oks_sigmas: 3 OKS sigmas for objects with 2 keypoints"),
     "clases": (["a"], r"dataset\.json: unknown entry 'clases'"),
 }
 
 
-@pytest.mark.parametrize("task", ["keypoint", "box"])
-def test_all_faults_of_the_dataset_file_are_reported_at_their_keys_in_one_run(tmp_path, task):
+@pytest.mark.parametrize(("task", "needed"), [("keypoint", 6), ("box", 3)])
+def test_all_faults_of_the_dataset_file_are_reported_at_their_keys_in_one_run(tmp_path, caplog, task, needed):
+    """Faults of what the model does not learn, and of the lines in drawings, are warnings."""
     root = draw_folder(tmp_path / "custom", info={key: value for key, (value, _) in BAD_KEYS.items()})
     edit(root, lambda e: e["bboxes"].__setitem__(0, [50, 10, 20, 40]))
     with pytest.raises(BadDataError) as caught:
         load_data(Source("custom", root), task)
     text = str(caught.value)
-    for _, message in BAD_KEYS.values():
-        assert re.search(message, text), (message, text)
-    assert "im_000.json: bboxes[0]" in text and text.startswith("7 error(s)") and "categories[" not in text
+    for key in BAD_KEYS if task == "keypoint" else ("classes", "clases"):
+        assert key == "skeleton" or re.search(BAD_KEYS[key][1], text), (key, text)
+    assert "im_000.json: bboxes[0]" in text and text.startswith(f"{needed} error(s)") and "categories[" not in text
+
+
+def test_faults_of_what_is_not_learnt_are_warnings(tmp_path, caplog):
+    info = {"keypoint_names": ["a", 1], "skeleton": [[0, "q"]], "flip_pairs": 5, "oks_sigmas": [0.1, 0, 10**400]}
+    root = draw_folder(tmp_path / "custom", info=info)
+    with caplog.at_level("WARNING"):
+        assert load_data(Source("custom", root), "box").train.annotations.num_objects
+    assert "keypoint_names: ['a', 1], a number as a name; taken as what it says" in caplog.text
+    for key in ("skeleton", "flip_pairs", "oks_sigmas"):
+        assert f"dataset.json: {key}: " in caplog.text, key
+    with pytest.raises(BadDataError, match="2 error"):
+        load_data(Source("custom", root), "keypoint")
+    (root / "dataset.json").write_text(json.dumps({"skeleton": [[0, 5]]}))
+    with caplog.at_level("WARNING"):
+        assert load_data(Source("custom", root), "keypoint").train.skeleton.links == ()
+    assert "links points 0 and 5" in caplog.text
 
 
 def test_a_wrong_list_of_names_is_one_fault_where_pairs_go_by_name(tmp_path):
@@ -373,7 +390,7 @@ def test_polygons_train_mask_rcnn(tmp_path):
 def test_without_polygons_mask_rcnn_says_so(tmp_path, capsys):
     root = draw_folder(tmp_path / "custom", num_keypoints=0)
     assert run(root, model="maskrcnn_resnet50_fpn") == 1
-    assert "no segmentation, but the model learns masks" in capsys.readouterr().err
+    assert "no segmentation, but masks are used" in capsys.readouterr().err
 
 
 @pytest.mark.slow

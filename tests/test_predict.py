@@ -56,7 +56,7 @@ def read(folder):
     images = json.loads((folder / "images.json").read_text())
     with (folder / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return images, read_results(folder / "predictions.json"), rows
+    return images, read_results(folder / "predictions.json")[0], rows
 
 
 def directly(checkpoint, path):

@@ -2,18 +2,28 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_util
 
 import score
 from coco_eval import CocoEvaluator
+from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.coco_matching import match_across_classes
 from evaluation.detections import Detections
-from evaluation.results_files import PredictionWriter, detections_of_results, read_results, rle_of_block
+from evaluation.results_files import (
+    PredictionWriter,
+    detections_of_results,
+    read_results,
+    read_results_of_images,
+    rle_of_block,
+)
 from helpers.coco_cases import compare, oracle, random_case, to_annotations, to_detections
 from helpers.ranks import run_on_ranks
+from helpers.run_lengths import run_lengths
 from pixels.masks import block_from_mask
 
 
@@ -37,6 +47,119 @@ def test_a_results_file_gets_pycocotools_figures(tmp_path, capsys, iou_type):
         assert "best F1" in capsys.readouterr().out
 
 
+def compressed(rle):
+    return (
+        mask_util.frPyObjects(rle, *rle["size"])["counts"].decode()
+        if isinstance(rle["counts"], list)
+        else rle["counts"]
+    )
+
+
+FORMS_OF_MASKS = {
+    "compressed": lambda rle: {**rle, "counts": compressed(rle)},
+    "uncompressed": lambda rle: {**rle, "counts": run_lengths(compressed(rle).encode())},
+    "uncompressed floats": lambda rle: {**rle, "counts": [float(c) for c in run_lengths(compressed(rle).encode())]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_MASKS)
+def test_masks_in_other_forms_get_the_same_figures(tmp_path, form):
+    truth, results = random_case(4, "segm")
+    figures = []
+    for name in ("plain", "other"):
+        flags = write(tmp_path, truth, results)
+        assert score.run([*flags, "--iou-types", "segm", "--json", str(tmp_path / f"{name}.json")]) == 0
+        figures.append(json.loads((tmp_path / f"{name}.json").read_text())["segm"])
+        results = copy.deepcopy(results)
+        for record in results:
+            record["segmentation"] = FORMS_OF_MASKS[form](record["segmentation"])
+    assert figures[0] == figures[1] and figures[0]["AP"] > 0
+
+
+def test_polygons_in_results_are_scored_as_pycocotools_fills_them(tmp_path):
+    rng = np.random.default_rng(5)
+    truth, _ = random_case(4, "segm")
+    results, as_runs = [], []
+    for record in truth["annotations"]:
+        x, y, w, h = record["bbox"]
+        polygons = [[x, y, x + w, y, x + w, y + h, x, y + h], [x + 1, y, x + w, y + 2, x, y + h]]
+        base = {k: record[k] for k in ("image_id", "category_id")} | {"score": float(rng.random())}
+        results.append({**base, "segmentation": polygons})
+        rle = mask_util.merge(mask_util.frPyObjects(polygons, 60, 80))
+        as_runs.append({**base, "segmentation": {**rle, "counts": rle["counts"].decode()}})
+    flags = write(tmp_path, truth, results)
+    assert score.run([*flags, "--json", str(tmp_path / "out.json")]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())["segm"]
+    assert [-1 if v is None else v for v in figures.values()] == list(oracle(truth, as_runs, "segm").stats)
+
+
+BROKEN_MASKS = {
+    "text of bytes": ({"counts": "b'0'"}, r"\[0\]: counts is .*the text of Python's bytes"),
+    "cut off": ({"counts": "o"}, r"\[0\]: the compressed run lengths end within a number"),
+    "another sum": ({"counts": "5"}, r"\[0\]: the run lengths do not add up to the picture's 4800 pixels"),
+    "no string": ({"counts": "\x01"}, r"\[0\]: the counts are not COCO's compressed string"),
+    "another list": ({"counts": [3, -1]}, r"\[0\]: the run lengths do not add up"),
+    "number": ({"counts": 7}, r"\[0\]: counts is 7, expected run lengths"),
+    "turned size": ({"size": [80, 60]}, r"\[0\]: the mask has size \[80, 60\], which are width and height, the image \[60, 80\]"),
+    "no size": ({"size": None}, r"\[0\]: the mask has size None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_MASKS)
+def test_broken_masks_are_refused_and_never_score_zero(tmp_path, capsys, name):
+    change, message = BROKEN_MASKS[name]
+    truth, results = random_case(4, "segm")
+    results[0]["segmentation"].update(change)
+    flags = write(tmp_path, truth, results)
+    assert score.run(flags) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_broken_part_that_is_not_scored_is_a_warning(tmp_path, capsys):
+    truth, results = random_case(2, "bbox")
+    results[0] |= {"segmentation": 5, "keypoints": [1]}
+    assert score.run([*write(tmp_path, truth, results), "--iou-types", "bbox"]) == 0
+    output = capsys.readouterr().out
+    assert "[0]: segmentation is 5" in output and "[0]: keypoints is [1]" in output
+
+
+def test_ids_of_text_are_scored_and_come_back_in_results(tmp_path):
+    """From a file with text for ids, over written predictions, to their score."""
+    truth, results = random_case(2, "bbox")
+    results = [record for record in results if record["category_id"] != 99]  # of no category
+    for n, record in enumerate(results):  # between equal scores the order of ids decides
+        record["score"] += 1e-6 * n
+    expected = list(oracle(truth, results, "bbox").stats)
+    own = {record["id"]: f"frame {record['id']}" for record in truth["images"]}
+    classes = {record["id"]: f"{record['id']:03d}" for record in truth["categories"]}
+    for record in [*truth["images"], *truth["categories"]]:
+        record["id"] = (own if "file_name" in record else classes)[record["id"]]
+    for record in [*truth["annotations"], *results]:
+        record.update(image_id=own[record["image_id"]], category_id=classes[record["category_id"]])
+    flags = write(tmp_path, truth, results)
+    assert score.run([*flags, "--json", str(tmp_path / "a.json")]) == 0
+    annotations = read_coco(tmp_path / "truth.json")
+    records, _ = read_results(tmp_path / "results.json")
+    writer = PredictionWriter(
+        tmp_path, ["bbox"], dict.fromkeys(annotations.image_ids.tolist(), (60, 80)), annotations.id_texts
+    )
+    for image_id in annotations.image_ids.tolist():
+        of_image = [record for record in records if record["image_id"] == image_id]
+        writer.add([image_id], [detections_of_results(of_image, "bbox")])
+    writer.close()
+    written = json.loads((tmp_path / "predictions_bbox.json").read_text())
+    assert {record["image_id"] for record in written} <= set(own.values())
+    assert sorted(map(str, written)) == sorted(str({k: r[k] for k in written[0]}) for r in results)
+    some = written[0]["image_id"]
+    found = read_results_of_images(tmp_path / "predictions_bbox.json", [some])
+    assert found == {some: [record for record in written if record["image_id"] == some]}
+    flags[-1] = str(tmp_path / "predictions_bbox.json")
+    assert score.run([*flags, "--json", str(tmp_path / "b.json")]) == 0
+    for name in "ab":
+        figures = json.loads((tmp_path / f"{name}.json").read_text())["bbox"]
+        assert [-1 if v is None else v for v in figures.values()] == expected
+
+
 def test_one_sigma_serves_all_points_and_a_wrong_count_is_refused(tmp_path, capsys):
     truth, results = random_case(4, "keypoints", 5)
     flags = write(tmp_path, truth, results)
@@ -48,9 +171,16 @@ def test_one_sigma_serves_all_points_and_a_wrong_count_is_refused(tmp_path, caps
 
 BAD_RESULTS = {
     "no list": ({}, "expected a list of results"),
-    "NaN score": ([{"image_id": 1, "category_id": 1, "score": float("nan")}], "number NaN is not allowed"),
-    "no score": ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}], r"\[0\]: score is None"),
-    "text id": ([{"image_id": "a", "category_id": 1, "score": 0.5}], r"\[0\]: image_id is 'a'"),
+    "NaN score": (
+        [{"image_id": 1, "category_id": 1, "score": float("nan")}],
+        r"number NaN at line 1 column \d+ is not allowed",
+    ),
+    "no score": ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}], r"\[0\]: score is missing"),
+    "text id": (
+        [{"image_id": "a", "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}],
+        r"not in the ground truth: a",
+    ),
+    "fraction as id": ([{"image_id": 1.5, "category_id": 1, "score": 0.5}], r"\[0\]: image_id is 1\.5"),
     "short box": ([{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 2]}], r"bbox is \[1, 2\]"),
     "unknown image": (
         [{"image_id": 4711, "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}],
@@ -61,8 +191,6 @@ BAD_RESULTS = {
 
 @pytest.mark.parametrize("name", BAD_RESULTS)
 def test_bad_results_are_refused_with_their_position(tmp_path, capsys, name):
-    import re
-
     results, message = BAD_RESULTS[name]
     truth, _ = random_case(2, "bbox")
     assert score.run(write(tmp_path, truth, results)) == 1
@@ -111,7 +239,7 @@ def test_the_file_is_the_same_at_any_number_of_processes(tmp_path):
     assert files[0] == files[1] == files[2]
     truth, results = random_case(3, "segm")
     evaluator = CocoEvaluator(to_annotations(truth), ["segm"])
-    read = read_results(tmp_path / "1" / "predictions_segm.json")
+    read, _ = read_results(tmp_path / "1" / "predictions_segm.json")
     for image in truth["images"]:
         evaluator.add(image["id"], detections_of_results([r for r in read if r["image_id"] == image["id"]], "segm"))
     assert compare(evaluator.compute(), oracle(truth, results, "segm"), "segm") == 0
@@ -201,7 +329,8 @@ def test_results_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys):
     results, base = tmp_path / "results.json", {"image_id": 1, "category_id": 1, "score": 0.9}
     common = ["--ground-truth", str(tmp_path / "truth.json"), "--predictions", str(results)]
     for record, flags, expected in (
-        ({"segmentation": [[1, 1, 5, 1, 5, 5]]}, [], "[0]: segmentation is [[1, 1, 5"),
+        ({"segmentation": [[1, 1, 5, 1, 5]]}, [], "[0]: segmentation is [[1, 1, 5"),
+        ({"segmentation": [[1, 1, 5, 1, 5, 5]]}, [], "no segmentation, but masks are used"),
         ({"keypoints": [1, 1, 2]}, [], "3 numbers under 'keypoints', the ground truth has 3 x 2"),
         ({"bbox": [5, 5, 9, 9]}, ["--iou-types", "segm"], "no result has 'segmentation'"),
     ):

@@ -91,7 +91,7 @@ def evaluate_model(
         annotations, indices = evaluator.annotations, loader.dataset.indices
         ids = annotations.image_ids[indices].tolist()
         sizes = zip(annotations.heights[indices].tolist(), annotations.widths[indices].tolist())
-        writer = PredictionWriter(predictions_dir, evaluator.iou_types, dict(zip(ids, sizes)))
+        writer = PredictionWriter(predictions_dir, evaluator.iou_types, dict(zip(ids, sizes)), annotations.id_texts)
     if writer is None:
         result = evaluate(model, loader, evaluator, label_map, stop=stop)
     else:

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_util
 
+from helpers.run_lengths import run_lengths
 from pixels.masks import (
     area_of_polygons,
     block_from_mask,
     block_from_polygons,
     block_from_rle,
+    check_run_lengths,
     compress_rle,
     paste_blocks,
-    run_lengths,
 )
 
 
@@ -81,6 +82,41 @@ def test_area_of_polygons_is_the_number_of_pixels():
     assert area_of_polygons([square, square + 5], 50, 50) == 100 + 100 - 25
 
 
-def test_cut_off_run_lengths_are_refused():
-    with pytest.raises(ValueError, match="end within a number"):
-        run_lengths(b"o")
+def test_run_lengths_are_checked_as_a_plain_reading_of_each_string_would():
+    rng = np.random.default_rng(3)
+    counts, pixels = [], []
+    for height, width, density in ((37, 51, 0.01), (37, 51, 0.5), (1, 1, 1.0), (700, 900, 0.0), (64, 1000, 0.0005)):
+        mask = np.asfortranarray((rng.random((height, width)) < density).astype(np.uint8))
+        counts.append(mask_util.encode(mask)["counts"])
+        pixels.append(height * width)
+    assert check_run_lengths(counts, np.array(pixels)) == [""] * len(counts)
+    assert check_run_lengths([], np.zeros(0, int)) == []
+    for _ in range(300):  # one byte changed, left out or added
+        text, k = bytearray(counts[int(rng.integers(2))]), int(rng.integers(20))
+        change = rng.integers(3)
+        if change == 0:
+            text[k] = int(rng.integers(40, 120))
+        elif change == 1:
+            del text[k:]
+        else:
+            text.insert(k, int(rng.integers(48, 112)))
+        together = check_run_lengths([counts[2], bytes(text), counts[3]], np.array([1, 37 * 51, 700 * 900]))
+        assert together[0] == together[2] == ""
+        assert bool(together[1]) == (not is_whole(bytes(text), 37 * 51)), bytes(text)
+
+
+def is_whole(counts, num_pixels):
+    """Whether a plain reading of COCO's compressed string ends with a number, and its run lengths fill the picture."""
+    if not all(48 <= c < 112 for c in counts):
+        return False
+    try:
+        lengths = run_lengths(counts)
+    except IndexError:
+        return False
+    return min(lengths, default=-1) >= 0 and sum(lengths) == num_pixels
+
+
+def test_what_is_wrong_with_run_lengths_is_said():
+    problems = check_run_lengths([b"o", b"", b"\x01", b"5"], np.array([5, 5, 5, 6]))
+    assert "end within a number" in problems[0] and "add up to the picture's 6" in problems[3]
+    assert problems[1] == problems[2] and "not COCO's compressed string" in problems[1]

@@ -143,7 +143,7 @@ def test_a_results_file_is_read_for_some_images_only(mask_data, tmp_path):
     evaluate_once(mask_data, tmp_path, "mask", epoch=0, noise=3)
     for kind in ("bbox", "segm"):
         path = tmp_path / f"predictions_{kind}.json"
-        everything = read_results(path)
+        everything, _ = read_results(path)
         for ids in ([10], [12, 15], [11, 4711]):
             expected = {i: [r for r in everything if r["image_id"] == i] for i in ids}
             assert read_results_of_images(path, ids) == expected

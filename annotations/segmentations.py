@@ -1,0 +1,126 @@
+"""The masks of annotations and results in one of two forms: polygons, or COCO's compressed run lengths."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from annotations.fields import COUNT, FIELDS, SIDE, short
+from annotations.record_reader import Record, RecordReader
+from pixels.masks import check_run_lengths, compress_rle, rle_from_polygons
+
+
+@dataclass
+class Segmentations:
+    """Polygons and compressed run lengths of every object, one of the two empty."""
+
+    polygons: list[list[list[float]]]
+    rles: list[bytes]
+
+
+def check_segmentations(
+    reader: RecordReader,
+    image_of_object: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> Segmentations:
+    """Sort segmentations into polygons and run lengths; polygons of less than three points are dropped.
+
+    An object without a segmentation is an error where masks are used.
+
+    Args:
+        reader: Of the objects or results.
+        image_of_object: int64 [N], position of each one's image.
+        heights: int [I], of the images.
+        widths: int [I].
+    """
+    findings, field = reader.findings, FIELDS[reader.record, "segmentation"]
+    column = reader.column("segmentation")
+    shapes = Segmentations([[] for _ in column], [b""] * len(column))
+    texts: list[int] = []  # objects with a compressed string, which are checked together
+    for n, segmentation in enumerate(column):
+        i = int(image_of_object[n])
+        if isinstance(segmentation, list):
+            shapes.polygons[n] = segmentation
+        elif isinstance(segmentation, dict) and n not in reader.dropped and i not in findings.dropped_images:
+            try:
+                shapes.rles[n], how = _read_rle(segmentation, int(heights[i]), int(widths[i]))
+            except ValueError as error:
+                reader.wrong(field, n, str(error))
+                continue
+            if how:
+                reader.note(field, n, segmentation, how)
+            if isinstance(segmentation["counts"], str):
+                texts.append(n)
+    of_image = image_of_object[texts]
+    num_pixels = heights[of_image].astype(np.int64) * widths[of_image]
+    for n, problem in zip(texts, check_run_lengths([shapes.rles[n] for n in texts], num_pixels)):
+        if problem:
+            shapes.rles[n] = b""
+            reader.wrong(field, n, problem)
+    _drop_short_polygons(reader, shapes.polygons)
+    if "segm" in reader.uses:
+        for n in range(len(column)):
+            if shapes.polygons[n] or shapes.rles[n]:
+                continue
+            if reader.record == "object":
+                reader.wrong(field, n, "no segmentation, but masks are used", remedy="add polygons, or use boxes only")
+            else:
+                reader.notes.add(
+                    ("empty",), "empty mask", reader.place(n), "a mask without a pixel", "it finds nothing"
+                )
+    return shapes
+
+
+def _drop_short_polygons(reader: RecordReader, polygons: list[list[list[float]]]) -> None:
+    for n, rows in enumerate(polygons):
+        if any(len(row) < 6 for row in rows):
+            for row in rows:
+                if len(row) < 6:
+                    problem = f"a polygon of {len(row) // 2} point(s)"
+                    reader.findings.warn(
+                        "short polygon", reader.place(n), problem, "it is left out; an area needs three"
+                    )
+            polygons[n] = [row for row in rows if len(row) >= 6]
+
+
+def _read_rle(segmentation: Record, height: int, width: int) -> tuple[bytes, str]:
+    """Return (compressed run lengths, the other form that they were in or ""); a string is not looked into.
+
+    Raises:
+        ValueError: What is wrong, with what was expected.
+    """
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    how = ""
+    try:
+        sides = [SIDE.read(side) for side in (size if isinstance(size, list) else ())]
+    except ValueError:
+        sides = []
+    if [side for side, _ in sides] != [height, width]:
+        swapped = ", which are width and height" if size == [width, height] else ""
+        raise ValueError(f"the mask has size {short(size)}{swapped}, the image {[height, width]} (height, width)")
+    how = next((strange for _, strange in sides if strange), "")
+    if isinstance(counts, list):
+        try:
+            read = [COUNT.read(count) for count in counts]
+        except ValueError:
+            read = [(-1, "")]
+        lengths = [count for count, _ in read]
+        if min(lengths, default=-1) < 0 or sum(lengths) != height * width:
+            raise ValueError(f"the run lengths do not add up to the picture's {height} x {width} pixels")
+        how = next((strange for _, strange in read if strange), how)
+        return compress_rle({"size": [height, width], "counts": lengths}, height, width), how
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
+        raise ValueError(
+            f"counts is {short(counts)}, the text of Python's bytes; write counts.decode(), not str(counts)"
+        )
+    if not isinstance(counts, str) or not counts or not counts.isascii():
+        raise ValueError(f"counts is {short(counts)}, expected run lengths or COCO's compressed string")
+    return counts.encode(), how
+
+
+def rle_of(polygons: list[list[float]], counts: bytes, height: int, width: int) -> dict[str, Any]:
+    """Return a mask as COCO's run lengths, as ``annToRLE`` of pycocotools."""
+    if counts:
+        return {"size": [height, width], "counts": counts}
+    return rle_from_polygons([np.array(points) for points in polygons], height, width)
