@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from annotations.arrays import Annotations, join_bytes
-from annotations.fields import flat_floats, short
 from annotations.findings import BadDataError, Finding, Findings
+from annotations.forms import flat_floats, short
 from annotations.record_checks import (
     Rules,
     check_boxes,
@@ -131,6 +131,24 @@ def read_coco(path: Path, *, on_bad_data: str = "error", uses: Collection[str] =
             object_place=lambda n: f"{path}: annotations[{n}] (id {objects[n].get('id')})",
         )
         return annotations_from_records(images, objects, categories, rules, findings, uses=uses)
+
+
+def read_image_ids(path: Path) -> dict[str, int | str]:
+    """Return {file name: id} of a COCO file's images, the ids as the file has them; nothing else in it is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        BadDataError: What is wrong with its images, all findings at once.
+    """
+    content = read_json(path)
+    findings, notes = Findings(), Notes()
+    images, _, _ = _sections(
+        path, {"images": content.get("images"), "categories": []} if isinstance(content, dict) else 0
+    )
+    reader = RecordReader("image", images, lambda i: f"{path}: images[{i}]", findings, notes)
+    ids, _, _, names = check_images(reader)
+    findings.raise_errors()
+    return {name: notes.id_texts.get(id_, id_) for name, id_ in zip(names, ids.tolist())}
 
 
 def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], list[Record]]:

@@ -11,14 +11,16 @@ per box, ``labels``, ``segmentations``, ``area`` and ``iscrowd``.
 import contextlib
 import difflib
 import logging
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from annotations.arrays import Annotations
-from annotations.fields import BOX, FIELDS, LABEL, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
+from annotations.fields import FIELDS
 from annotations.findings import BadDataError, Findings
+from annotations.forms import BOX, LABEL, MAX_NAME, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
@@ -368,7 +370,7 @@ def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> t
     for n, label in enumerate(content.labels):
         taken, how, place = None, "", content.object_places[n]
         if isinstance(label, str):
-            taken = label if is_encodable(label) else None
+            taken = label if is_encodable(label) and len(label) <= MAX_NAME else None
         elif label is not None:
             with contextlib.suppress(ValueError):
                 taken, how = LABEL.read(label)
@@ -402,7 +404,7 @@ def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> t
         elif label is not None and label <= len(names) and not are_texts:
             number = label
         if number == 0:
-            some = ", ".join(names[:10])
+            some = textwrap.shorten(", ".join(names[:10]), 200, placeholder=" ...")
             known = (
                 f"expected one of {some}" if are_texts else f"expected a number from 1 to {len(names)} or one of {some}"
             )

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +38,7 @@ from inference.detector import (
     predict_files,
     search_images,
 )
+from inference.picture_ids import ids_from_file
 from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
@@ -70,6 +71,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="leave out detections below this score, 0 to 1; default: the one with the best F1 in the checkpoint's "
         f"evaluation, else {DEFAULT_SCORE_THRESHOLD}",
+    )
+    parser.add_argument(
+        "--ids-from",
+        metavar="FILE",
+        help="take the ids of pictures from this COCO file, by their names; default: 1, 2, ... in the order given",
     )
     parser.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="take up to N pictures at a time, N >= 1"
@@ -124,9 +130,15 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def records_of(image_id: int, size: tuple[int, int], detections: Detections, iou_types: Sequence[str]) -> list[Record]:
+def records_of(
+    image_id: int | str,
+    size: tuple[int, int],
+    detections: Detections,
+    iou_types: Sequence[str],
+    category_texts: Mapping[int, str],
+) -> list[Record]:
     """Return one image's detections as COCO results, each with its box and, where there are, mask and keypoints."""
-    kinds = [results_of(image_id, size, detections, iou_type) for iou_type in iou_types]
+    kinds = [results_of(image_id, size, detections, iou_type, category_texts) for iou_type in iou_types]
     assert all(len(kind) == len(detections) for kind in kinds)
     return [{k: v for part in parts for k, v in part.items()} for parts in zip(*kinds)]
 
@@ -141,14 +153,15 @@ def csv_header(detector: Detector) -> list[str]:
     return header
 
 
-def csv_rows(file_name: str, image_id: int, detections: Detections, detector: Detector) -> list[list[Any]]:
+def csv_rows(file_name: str, image_id: int | str, detections: Detections, detector: Detector) -> list[list[Any]]:
     """Return a row per detection; lengths in pixels from the top left corner of the upright picture."""
     rows: list[list[Any]] = []
     assert detections.boxes_xywh is not None
     boxes = xywh_to_xyxy(detections.boxes_xywh)
     for n in range(len(detections)):
         category = int(detections.category_ids[n])
-        row: list[Any] = [file_name, image_id, category, detector.class_names[category]]
+        own_id = dict(detector.label_map.id_texts).get(category, category)
+        row: list[Any] = [file_name, image_id, own_id, detector.class_names[category]]
         row += [f"{detections.scores[n]:.6f}", *(f"{v:.2f}" for v in boxes[n])]
         if detections.masks is not None:
             mask = detections.masks[n]
@@ -176,12 +189,13 @@ def run_to_plain(
     left_out: dict[Path, str],
 ) -> dict[str, Any]:
     """Return the content of ``images.json``: what became of every file."""
+    texts = dict(detector.label_map.id_texts)
     return {
         "checkpoint": args.checkpoint,
         "model": detector.spec.name,
         "score_threshold": threshold,
         "versions": versions(),
-        "categories": [{"id": id_, "name": name} for id_, name in detector.class_names.items()],
+        "categories": [{"id": texts.get(id_, id_), "name": name} for id_, name in detector.class_names.items()],
         "images": images,
         "skipped": bad,
         "not_reached": not_reached,
@@ -195,6 +209,8 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     device = choose_device(args.device)
     files = search_images(args.paths)
     paths = files.paths
+    # Image ids count from 1 in the order of the files, broken ones included.
+    ids = ids_from_file(paths, Path(args.ids_from)) if args.ids_from else list(range(1, len(paths) + 1))
     detector = load_detector(Path(args.checkpoint))
     threshold, origin = args.score_threshold, "as given"
     if threshold is None and detector.score_threshold is not None:
@@ -207,7 +223,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     logger.info("score threshold %.4g (%s)", threshold, origin)
     output_dir = make_output_dir(args.output_dir)
 
-    # Image ids count from 1 in the order of the files, broken ones included.
+    iou_types, category_texts = detector.spec.iou_types, dict(detector.label_map.id_texts)
     digits = len(str(len(paths)))
     images: list[Record] = []
     bad: list[Record] = []
@@ -237,7 +253,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 future.result()
             drawing = []
             for result in batch:
-                path, image_id = paths[result.index], result.index + 1
+                path, image_id = paths[result.index], ids[result.index]
                 bar.update()
                 if isinstance(result, BadFile):
                     shown = str(path) if is_text(str(path)) else ascii(str(path))
@@ -248,10 +264,10 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
                 if args.overlays:
                     stem = path.stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
-                    entry["overlay"] = f"overlays/{image_id:0{digits}d}_{stem}.jpg"
+                    entry["overlay"] = f"overlays/{result.index + 1:0{digits}d}_{stem}.jpg"
                     drawing.append(pool.submit(write_overlay, result, detector, output_dir / str(entry["overlay"])))
                 images.append(entry)
-                for record in records_of(image_id, (height, width), result.detections, detector.spec.iou_types):
+                for record in records_of(image_id, (height, width), result.detections, iou_types, category_texts):
                     results_file.write(separator + json.dumps(record))
                     separator = ",\n"
                 table.writerows(csv_rows(str(path), image_id, result.detections, detector))
@@ -261,9 +277,9 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         for future in drawing:
             future.result()
         results_file.write("]\n" if separator != "[" else "[]\n")
-    bad.sort(key=lambda entry: entry["id"])
+    bad.sort(key=lambda entry: ids.index(entry["id"]))
     done = {entry["id"] for entry in images + bad}
-    not_reached = [{"id": n + 1, "file_name": str(path)} for n, path in enumerate(paths) if n + 1 not in done]
+    not_reached = [{"id": id_, "file_name": str(path)} for id_, path in zip(ids, paths) if id_ not in done]
     with whole_file(output_dir / "images.json") as file:
         content = run_to_plain(args, detector, threshold, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)

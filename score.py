@@ -27,6 +27,7 @@ from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
+from evaluation.foreign_ids import find_foreign_ids
 from evaluation.results_files import detections_of_results, encode_masks, read_results
 from utils import HelpFormatter, run_command
 
@@ -143,8 +144,12 @@ def main(args: argparse.Namespace) -> int:
     fields = {field for record in records for field in record}
     iou_types = args.iou_types or [t for t, kind in SCORE_KINDS.items() if kind.field in fields] or ["bbox"]
     for t in iou_types:
-        if records and SCORE_KINDS[t].field not in fields:
-            raise ValueError(f"{args.predictions}: no result has {SCORE_KINDS[t].field!r}, which a score of {t} needs")
+        field = SCORE_KINDS[t].field
+        if records and field not in fields:
+            raise ValueError(f"{args.predictions}: no result has {field!r}, which a score of {t} needs")
+        if without := sum(field not in record for record in records):
+            text = "%s: %d of %d results have no %r and do not count in the score of %s"
+            logger.warning(text, args.predictions, without, len(records), field, t)
     annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data, uses=iou_types)
     for finding in annotations.warnings:
         logger.warning("%s", finding)
@@ -158,6 +163,19 @@ def main(args: argparse.Namespace) -> int:
         name=args.predictions,
         id_texts=id_texts,
     )
+    foreign = find_foreign_ids(annotations, records)
+    if foreign is not None:
+        logger.warning(
+            "%s: boxes hardly meet the objects of their picture (mean IoU %.2f), but fit those of others (%.2f): those "
+            "of image_id %s fit %s, whose id is %s; the ids seem to be of another numbering (predict.py --ids-from "
+            "takes them from the ground truth)",
+            args.predictions,
+            foreign.own,
+            foreign.other,
+            annotations.own_id(foreign.image_id),
+            annotations.file_name(foreign.fits),
+            annotations.own_id(int(annotations.image_ids[foreign.fits])),
+        )
     report = build_analysis(result)
     print(format_summary(result))
     print(format_classes(result, report, iou_types[0]))

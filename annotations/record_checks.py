@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from annotations.fields import FIELDS, short
+from annotations.fields import FIELDS
 from annotations.findings import Findings
+from annotations.forms import short
 from annotations.normalised import NORMALISED, look_normalised
 from annotations.record_reader import RecordReader
 from pixels.images import unsafe_file_name

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from annotations.fields import FIELDS, Field, is_used, number_of_id, short
+from annotations.fields import FIELDS, Field, is_used
 from annotations.findings import Findings
+from annotations.forms import number_of_id, short
 
 Record = dict[str, Any]
 
@@ -121,7 +122,7 @@ class RecordReader:
     def ids(self, name: str) -> list[int | None]:
         """Return the ids in the field ``name``; one of text becomes a number (`number_of_id`)."""
         column = self.column(name)
-        if isinstance(column, np.ndarray) or not any(isinstance(value, str) for value in column):
+        if str not in set(map(type, column)):
             return list(column)
         numbers: list[int | None] = []
         for n, value in enumerate(column):

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from annotations.fields import COUNT, FIELDS, SIDE, short
+from annotations.fields import FIELDS
+from annotations.forms import COUNT, SIDE, short
 from annotations.record_reader import Record, RecordReader
 from pixels.masks import check_run_lengths, compress_rle, rle_from_polygons
 

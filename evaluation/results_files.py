@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from annotations.arrays import Annotations
-from annotations.fields import short
 from annotations.findings import BadDataError, Finding, Findings
+from annotations.forms import short
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import check_segmentations, rle_of
 from coco_utils import read_json
@@ -184,7 +184,9 @@ def read_results(path: Path, iou_types: Collection[str] | None = None) -> tuple[
     _log(findings, notes)
     names = list(columns)
     rows = zip(*(column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()))
-    return [{name: value for name, value in zip(names, row) if value is not None} for row in rows], notes.id_texts
+    # Many tools write empty lists for what their detector does not find.
+    records = [{name: value for name, value in zip(names, row) if value is not None and value != []} for row in rows]
+    return records, notes.id_texts
 
 
 def encode_masks(records: Sequence[Record], annotations: Annotations, name: str) -> None:

@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 REAL_DATA = Path(os.environ.get("DETECTION_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=300, help="changed files for each fuzzed test")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="which files")
+
+
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path, monkeypatch):
     """Keep every test's caches to itself."""

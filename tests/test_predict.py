@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 
 import predict
+import score
+from coco_utils import to_coco
 from evaluation.results_files import read_results
 from helpers.drawn import ROOT
 from helpers.runs import run_train
@@ -330,3 +333,53 @@ def test_names_that_are_too_long_or_no_text_cost_no_other_file(checkpoints, tmp_
     images, _, _ = read(tmp_path / "out")
     assert len(images["images"]) == 1 and (tmp_path / "out" / images["images"][0]["overlay"]).is_file()
     assert "not UTF-8" in images["skipped"][0]["reason"]
+
+
+def truth_of(photos, names):
+    """A COCO file of the drawn pictures, numbered against the order of their names."""
+    annotations = shapes_annotations("val", 4)
+    content = to_coco(annotations)
+    for n, record in enumerate(content["images"]):
+        record.update(file_name=names[n], id=100 - n)
+    for record in content["annotations"]:
+        record["image_id"] = 100 - list(annotations.image_ids).index(record["image_id"])
+    path = photos.parent / "truth.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_ids_come_from_an_annotation_file_by_the_names_of_files(tmp_path, photos, checkpoints):
+    truth = truth_of(photos, ["0.png", "photos/1.png", "2.png", "more\\3.png"])
+    flags = [
+        photos,
+        "--checkpoint",
+        checkpoints[MODELS[0]],
+        "--no-overlays",
+        "--score-threshold",
+        0,
+        "--ids-from",
+        truth,
+    ]
+    assert run(*flags, "--output-dir", tmp_path / "out") == 0
+    images, results, rows = read(tmp_path / "out")
+    numbered = {Path(entry["file_name"]).name: entry["id"] for entry in images["images"]}
+    assert numbered == {"0.png": 100, "1.png": 99, "2.png": 98, "3.png": 97}
+    assert {r["image_id"] for r in results} <= set(numbered.values()) and results
+    assert {int(row["image_id"]) for row in rows} == {r["image_id"] for r in results}
+    assert score.run(["--ground-truth", str(truth), "--predictions", str(tmp_path / "out" / "predictions.json")]) == 0
+
+
+def test_pictures_that_the_annotation_file_lacks_stop_predict_before_it_starts(tmp_path, photos, checkpoints, capsys):
+    flags = [photos, "--checkpoint", checkpoints[MODELS[0]], "--output-dir", tmp_path / "out", "--ids-from"]
+    for names, message in (
+        (
+            ["0.png", "9.png", "2.png", "3.png"],
+            "1 of 4 pictures are not among its images, such as .*1.png; leave them out",
+        ),
+        (["0.png", "else/1.png", "2.png", "3.png"], "1 of 4 pictures are not among its images"),
+    ):
+        assert run(*flags, truth_of(photos, names)) == 1
+        assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+    (photos / "more" / "0.png").write_bytes((photos / "0.png").read_bytes())
+    assert run(*flags, truth_of(photos, [f"{n}.png" for n in range(4)])) == 1
+    assert "both are its image 100" in capsys.readouterr().err

@@ -160,6 +160,27 @@ def test_ids_of_text_are_scored_and_come_back_in_results(tmp_path):
         assert [-1 if v is None else v for v in figures.values()] == expected
 
 
+def numbered_anew(results, order):
+    """The same detections, each under the id of another image."""
+    return [{**record, "image_id": order[record["image_id"]]} for record in results]
+
+
+def test_results_of_another_numbering_are_noticed(tmp_path, capsys, tiny_coco):
+    """Detections near the objects of real pictures, numbered in another order; a poor detector is not suspected."""
+    path = tiny_coco / "annotations" / "instances_val2017.json"
+    truth, rng = json.loads(path.read_text()), np.random.default_rng(0)
+    good = [
+        {k: r[k] for k in ("image_id", "category_id")} | {"score": 0.9, "bbox": [v + 1 for v in r["bbox"]]}
+        for r in truth["annotations"]
+    ]
+    ids = [record["id"] for record in truth["images"]]
+    turned = dict(zip(ids, ids[1:] + ids[:1]))
+    poor = [{**r, "bbox": [*rng.uniform(0, 300, 2).tolist(), *rng.uniform(10, 200, 2).tolist()]} for r in good]
+    for results, is_noticed in ((good, False), (numbered_anew(good, turned), True), (poor, False)):
+        assert score.run(write(tmp_path, truth, results)) == 0
+        assert ("seem to be of another numbering" in capsys.readouterr().out) == is_noticed
+
+
 def test_one_sigma_serves_all_points_and_a_wrong_count_is_refused(tmp_path, capsys):
     truth, results = random_case(4, "keypoints", 5)
     flags = write(tmp_path, truth, results)

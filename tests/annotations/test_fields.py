@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from annotations.fields import FIELDS, format_field_table, number_of_id, short
+from annotations.fields import FIELDS, format_field_table
 from annotations.findings import BadDataError
+from annotations.forms import number_of_id, short
 from coco_utils import read_coco
 from helpers.drawn import draw_folder
 from loading.splits import Source, label_map_for, load_data

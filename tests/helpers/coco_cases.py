@@ -129,6 +129,14 @@ def _random_result(rng, height, width, iou_type, num_keypoints, truths, image_id
     return result
 
 
+def oracle_of_files(truth, results, iou_type):
+    """Return pycocotools' figures of what two files hold; None where it cannot read them."""
+    try:
+        return list(oracle(truth, results, iou_type, [0.1] * 2 if iou_type == "keypoints" else None).stats)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, OverflowError):
+        return None
+
+
 def oracle(truth, results, iou_type, sigmas=None, max_dets=None):
     """Return pycocotools' own COCOeval after accumulate and, with its default maxDets, summarize."""
     truth = copy.deepcopy(truth)
