@@ -35,7 +35,7 @@ from inference.compare_outputs import (
     Outputs,
     compare_outputs,
 )
-from inference.detector import Detector, find_images, load_detector
+from inference.detector import Detector, find_images, load_detector, reject_or_batch
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
@@ -143,13 +143,20 @@ def exportable(model: nn.Module, spec: ModelSpec, to_format: str) -> OnePicture:
     return OnePicture(copied).eval()
 
 
-def load_pictures(paths: list[str] | None) -> list[Picture]:
+def load_pictures(paths: list[str] | None, detector: Detector) -> list[Picture]:
     """Return (name, float32 [3, H, W] in 0..1) of every picture, and of the first one turned by a quarter.
 
     The turned one has another shape: an export that has the first picture's size built in is found out.
     """
     if paths:
-        pixels = [(str(path), read_image(path)) for path in find_images(paths)]
+        files = find_images(paths)
+        batches, bad = reject_or_batch(files, len(files), detector.spec)
+        for file in bad:
+            logger.warning("skipped: %s: %s", files[file.index], file.reason)
+        chosen = [files[index] for batch in batches for index in batch]
+        if not chosen:
+            raise ValueError(f"--images {' '.join(paths)}: the model can use none of these pictures")
+        pixels = [(str(path), read_image(path)) for path in chosen]
     else:
         drawer, annotations = ShapeDrawer("val"), shapes_annotations("val", NUM_DRAWN)
         pixels = [(f"drawn picture {n}", drawer.read(annotations, n)) for n in range(NUM_DRAWN)]
@@ -282,7 +289,7 @@ def main(args: argparse.Namespace) -> int:
     if args.format == "onnx":
         need("onnx", "onnxruntime")
     detector = load_detector(Path(args.checkpoint))
-    pictures = load_pictures(args.images)
+    pictures = load_pictures(args.images, detector)
     model = OnePicture(detector.model.requires_grad_(False)).eval()
     # Scores of single keypoints are not compared, hence left out where another runtime computes them.
     names = [name for name in model(pictures[0][1]) if name != "keypoints_scores"]

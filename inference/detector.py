@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import itertools
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from evaluation.postprocess import fast_scoring
 from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
 from models.architectures import ModelSpec
+from models.resize import describe_vanishing, leaves_nothing
 from pixels.image_files import examples, is_picture_name, list_folder, result_folder
 from pixels.images import BadImageError, is_text, read_header, read_image
 from runtime.checkpoint import load_checkpoint
@@ -218,10 +218,11 @@ class Prediction:
     detections: Detections
 
 
-def reject_or_batch(paths: Sequence[Path], batch_size: int) -> tuple[list[list[int]], list[BadFile]]:
-    """Reject files that are no readable pictures and batch the others: (positions of each batch, rejected files).
+def reject_or_batch(paths: Sequence[Path], batch_size: int, spec: ModelSpec) -> tuple[list[list[int]], list[BadFile]]:
+    """Reject files that the model cannot use and batch the others: (positions of each batch, rejected files).
 
-    A batch has ``batch_size`` pictures, or fewer where they have more than `MAX_BATCH_PIXELS` together.
+    Rejected are what is no readable picture, and pictures of which the model's resize leaves nothing. A batch has
+    ``batch_size`` pictures, or fewer where they have more than `MAX_BATCH_PIXELS` together.
     """
     batches: list[list[int]] = []
     bad: list[BadFile] = []
@@ -231,10 +232,14 @@ def reject_or_batch(paths: Sequence[Path], batch_size: int) -> tuple[list[list[i
             bad.append(BadFile(index, "the file's name is not UTF-8"))
             continue
         try:
-            size = math.prod(read_header(path).shown_size)
+            height, width = read_header(path).shown_size
         except BadImageError as error:
             bad.append(BadFile(index, error.problem))
             continue
+        if leaves_nothing(np.array(height), np.array(width), spec):
+            bad.append(BadFile(index, describe_vanishing(height, width)))
+            continue
+        size = height * width
         if not batches or len(batches[-1]) == batch_size or pixels + size > MAX_BATCH_PIXELS:
             batches.append([])
             pixels = 0
@@ -263,7 +268,7 @@ def predict_files(
         batch_size: Pictures per batch, at most.
         workers: Loading processes.
     """
-    batches, bad = reject_or_batch(paths, batch_size)
+    batches, bad = reject_or_batch(paths, batch_size, detector.spec)
     if bad:
         yield list(bad)
     loader = DataLoader(

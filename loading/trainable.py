@@ -16,6 +16,7 @@ from annotations.normalised import NORMALISED, look_normalised
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
 from loading.splits import Data, Split
 from models.architectures import ModelSpec
+from models.resize import describe_vanishing, leaves_nothing, resize_scales, short_sides
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     sides = boxes[:, 2:] - boxes[:, :2]
     is_usable, is_used = (np.isin(np.arange(len(annotations)), chosen) for chosen in (split.indices, images))
     is_empty = (sides < MIN_BOX_SIDE).any(axis=1)
-    scales = np.stack(_scales(annotations, spec, largest=True), axis=1)
+    largest = max(short_sides(spec))
+    scales = np.stack(resize_scales(annotations.heights, annotations.widths, spec, short_side=largest), axis=1)
     is_known = np.isin(annotations.category_ids, label_map.category_ids)
     vanishes = (sides * scales[image_of] < 1).any(axis=1)
     excluded = [annotations.is_crowd, is_empty, ~is_known, vanishes, ~is_usable[image_of], ~is_used[image_of]]
@@ -173,30 +175,10 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     )
 
 
-def _scales(annotations: Annotations, spec: ModelSpec, *, largest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return by what the model's resize multiplies width and height of every image, float64 [I] each.
-
-    Of several short sides that are drawn from, the largest or the smallest.
-    """
-    architecture = spec.architecture
-    if architecture.fixed_size is not None:
-        height, width = architecture.fixed_size
-        return width / annotations.widths, height / annotations.heights
-    choose = max if largest else min
-    short_side = choose(spec.min_size) if spec.min_size else architecture.min_size
-    long_side = spec.max_size or architecture.max_size
-    short = np.minimum(annotations.heights, annotations.widths)
-    long = np.maximum(annotations.heights, annotations.widths)
-    # In float64, as torchvision's _resize_image_and_masks does outside of tracing and scripting.
-    scales = np.minimum(short_side / short, long_side / long)
-    return scales, scales
-
-
 def vanishing_images(annotations: Annotations, spec: ModelSpec) -> np.ndarray:
     """Return the images of which the model's resize leaves no pixel in one direction, int64."""
-    of_widths, of_heights = _scales(annotations, spec, largest=False)
-    sides = np.minimum(annotations.widths * of_widths, annotations.heights * of_heights)
-    return np.flatnonzero(sides < 1)
+    smallest = min(short_sides(spec))
+    return np.flatnonzero(leaves_nothing(annotations.heights, annotations.widths, spec, short_side=smallest))
 
 
 def check_against_model(data: Data, spec: ModelSpec, on_bad_data: str) -> Data:
@@ -232,7 +214,7 @@ def _without_vanishing(split: Split, spec: ModelSpec, findings: Findings) -> Spl
     annotations = split.annotations
     gone = np.intersect1d(vanishing_images(annotations, spec), split.indices)
     for i in gone.tolist():
-        problem = f"{annotations.widths[i]} x {annotations.heights[i]} pixels, the model's resize leaves nothing of it"
+        problem = describe_vanishing(annotations.heights[i], annotations.widths[i])
         remedy = "cut it into parts, raise --max-size, or remove it"
         place = f"{split.name}: {annotations.file_name(i)}"
         findings.error("thin image", place, problem, remedy, image=i)

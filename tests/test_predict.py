@@ -25,6 +25,7 @@ from helpers.runs import run_train
 from helpers.shaken import shaken_checkpoint
 from inference.detector import MAX_BATCH_PIXELS, find_images, load_detector, predict_files, reject_or_batch
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from models.architectures import ModelSpec
 from pixels.images import read_image
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
@@ -287,7 +288,7 @@ def test_large_pictures_come_in_smaller_batches(tmp_path):
     side = int(MAX_BATCH_PIXELS**0.5) + 1
     for n, size in enumerate([(8, 8), (8, 8), (side, side), (8, 8)]):
         Image.new("L", size).save(tmp_path / f"{n}.png")
-    batches, bad = reject_or_batch(sorted(tmp_path.glob("*.png")), 3)
+    batches, bad = reject_or_batch(sorted(tmp_path.glob("*.png")), 3, ModelSpec(MODELS[0], 2))
     assert batches == [[0, 1], [2], [3]] and not bad
 
 
