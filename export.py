@@ -35,7 +35,7 @@ from inference.compare_outputs import (
     Outputs,
     compare_outputs,
 )
-from inference.detector import Detector, find_images, load_detector, reject_or_batch
+from inference.detector import Detector, find_images, load_detector, reject_or_batch, settle_brightness
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
@@ -153,10 +153,11 @@ def load_pictures(paths: list[str] | None, detector: Detector) -> list[Picture]:
         batches, bad = reject_or_batch(files, len(files), detector.spec)
         for file in bad:
             logger.warning("skipped: %s: %s", files[file.index], file.reason)
+        value_range = settle_brightness(detector, files).value_range
         chosen = [files[index] for batch in batches for index in batch]
         if not chosen:
             raise ValueError(f"--images {' '.join(paths)}: the model can use none of these pictures")
-        pixels = [(str(path), read_image(path)) for path in chosen]
+        pixels = [(str(path), read_image(path, value_range=value_range)) for path in chosen]
     else:
         drawer, annotations = ShapeDrawer("val"), shapes_annotations("val", NUM_DRAWN)
         pixels = [(f"drawn picture {n}", drawer.read(annotations, n)) for n in range(NUM_DRAWN)]
@@ -245,6 +246,11 @@ def build_metadata(detector: Detector) -> dict[str, Any]:
         "classes": classes,
         "input": "image: float32 [3, height, width], RGB, 0..1, upright, any size; the model resizes and normalises",
         "resized_to": size,
+        "value_range": {
+            **detector.value_range.to_plain(),
+            "meaning": "values that were black and white in training, for pictures with more than 8 bits a channel, of "
+            "whole and of floating-point numbers; scale such values to 0..1 by them, and cut what is beyond",
+        },
         "boxes": "float32 [detections, 4]: x1, y1, x2, y2 in pixels of the picture",
         "keypoint_names": list(detector.keypoint_names),
         "skeleton": [list(link) for link in detector.skeleton.links],

@@ -37,6 +37,7 @@ from inference.detector import (
     load_detector,
     predict_files,
     search_images,
+    settle_brightness,
 )
 from inference.picture_ids import ids_from_file
 from pixels.geometry import xywh_to_xyxy
@@ -194,6 +195,7 @@ def run_to_plain(
         "checkpoint": args.checkpoint,
         "model": detector.spec.name,
         "score_threshold": threshold,
+        "value_range": detector.value_range.to_plain(),
         "versions": versions(),
         "categories": [{"id": texts.get(id_, id_), "name": name} for id_, name in detector.class_names.items()],
         "images": images,
@@ -222,6 +224,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
     output_dir = make_output_dir(args.output_dir)
+    detector = settle_brightness(detector, paths, args.workers or 1)
 
     iou_types, category_texts = detector.spec.iou_types, dict(detector.label_map.id_texts)
     digits = len(str(len(paths)))

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from annotations.labels import LabelMap
 from annotations.skeleton import Skeleton
+from annotations.value_ranges import look_at_values, settle_value_range
 from evaluation.detections import Detections, detections_from_output
 from evaluation.postprocess import fast_scoring
 from loading.collate import PackedBatch, collate_fn, unpack
@@ -25,6 +26,7 @@ from models.architectures import ModelSpec
 from models.resize import describe_vanishing, leaves_nothing
 from pixels.image_files import examples, is_picture_name, list_folder, result_folder
 from pixels.images import BadImageError, is_text, read_header, read_image
+from pixels.value_range import ValueRange
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
 from runtime.signals import leave_stopping_to_parent
@@ -43,6 +45,7 @@ class Detector:
         label_map: Classes, and the dataset's category ids.
         skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
         score_threshold: That of the best F1 in the evaluation that the checkpoint holds; None without one.
+        value_range: Which values were black and white in training, where a channel has more than 8 bits.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class Detector:
     label_map: LabelMap
     skeleton: Skeleton
     score_threshold: float | None = None
+    value_range: ValueRange = ValueRange()
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -75,7 +79,17 @@ def load_detector(path: Path) -> Detector:
     label_map = LabelMap.from_plain(known)
     # An evaluation in which nothing was found leaves 0, which says nothing.
     threshold = content.get("metrics", {}).get("score_threshold") or None
-    return Detector(model.eval(), spec, label_map, skeleton, threshold)
+    value_range = ValueRange.from_plain(known.get("value_range"))
+    return Detector(model.eval(), spec, label_map, skeleton, threshold, value_range)
+
+
+def settle_brightness(detector: Detector, paths: Sequence[Path], workers: int | None = None) -> Detector:
+    """Return the detector with a rule for the brightness of these files, where its checkpoint has none.
+
+    Warns of files that do not fit the rule. One rule holds for all of them.
+    """
+    seen = look_at_values(len(paths), paths.__getitem__, workers=workers)
+    return replace(detector, value_range=settle_value_range(seen, detector.value_range, "files"))
 
 
 @dataclass(frozen=True)
@@ -187,12 +201,13 @@ class _Loaded:
 class _Files(Dataset[Sample | BadFile]):
     """Image files by position; one that cannot be decoded gives its reason."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path], value_range: ValueRange) -> None:
+        self.paths, self.value_range = paths, value_range
 
     def __getitem__(self, index: int) -> Sample | BadFile:
         try:
-            return Sample(read_image(self.paths[index]), None, {"image_id": index})
+            pixels = read_image(self.paths[index], value_range=self.value_range)
+            return Sample(pixels, None, {"image_id": index})
         except BadImageError as error:
             return BadFile(index, error.problem)
 
@@ -272,7 +287,7 @@ def predict_files(
     if bad:
         yield list(bad)
     loader = DataLoader(
-        _Files(paths),
+        _Files(paths, detector.value_range),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,

@@ -20,6 +20,7 @@ from pixels.geometry import Placement, xywh_to_xyxy
 from pixels.images import read_image
 from pixels.lazy_image import MAX_DEVICE_SHRINK, LazyImage, render
 from pixels.masks import MaskBlock
+from pixels.value_range import ValueRange
 from utils import seeded_cpu_rng
 
 # Boxes thinner than this many pixels can collapse to nothing when float32 coordinates are rescaled, and
@@ -42,15 +43,17 @@ class ImageFolder:
     Attributes:
         root: The folder that file names are relative to.
         apply_exif: Whether annotations were made on EXIF-rotated pictures; if False, on those that fit their size.
+        value_range: Which values are black and white, where a channel has more than 8 bits.
     """
 
     root: Path
     apply_exif: bool = False
+    value_range: ValueRange = ValueRange()
 
     def read(self, annotations: Annotations, index: int) -> np.ndarray:
         """Decode image ``index``; raises `BadImageError` naming the file."""
         size = int(annotations.heights[index]), int(annotations.widths[index])
-        return read_image(self.root / annotations.file_name(index), size, self.apply_exif)
+        return read_image(self.root / annotations.file_name(index), size, self.apply_exif, self.value_range)
 
 
 @dataclass

@@ -24,9 +24,11 @@ from annotations.skeleton import (
 )
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
+from loading.brightness import dataset_value_range
 from loading.samples import ImageFolder, ImageSource
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from pixels.image_files import examples
+from pixels.value_range import ValueRange
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class Split:
     indices: np.ndarray
     skeleton: Skeleton = field(default_factory=Skeleton)
     unused: tuple[str, ...] = ()
+
+    def shown_in(self, value_range: ValueRange) -> "Split":
+        """Return the split with these values as black and white, where its pictures are files."""
+        images = replace(self.images, value_range=value_range) if isinstance(self.images, ImageFolder) else self.images
+        return replace(self, images=images)
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,7 @@ class Data:
         label_map: Labels of the model.
         flip_order: int64 [K], which keypoint takes whose place in a mirror; None where not known.
         sigmas: OKS sigmas, float64 [K]; None without keypoints.
+        value_range: Which values are black and white, where a channel has more than 8 bits; the splits have it too.
     """
 
     train: Split | None
@@ -257,6 +265,7 @@ class Data:
     label_map: LabelMap
     flip_order: np.ndarray | None = None
     sigmas: np.ndarray | None = None
+    value_range: ValueRange = ValueRange()
 
     @property
     def num_keypoints(self) -> int:
@@ -264,9 +273,11 @@ class Data:
         return (self.train or self.val).annotations.num_keypoints
 
     def fingerprint(self) -> str:
-        """Return a hash of which images are trained and evaluated on, to compare between machines."""
+        """Return a hash of which images are trained and evaluated on and how bright, to compare between machines."""
         splits = [split for split in (self.train, self.val) if split is not None]
-        return hashlib.sha256(b"".join(s.annotations.image_ids[s.indices].tobytes() for s in splits)).hexdigest()
+        digest = hashlib.sha256(b"".join(s.annotations.image_ids[s.indices].tobytes() for s in splits))
+        digest.update(repr(self.value_range).encode())
+        return digest.hexdigest()
 
     def to_plain(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data, as plain values; `load_data` reads it."""
@@ -276,6 +287,7 @@ class Data:
             "keypoint_names": list(skeleton.names),
             "skeleton": [list(link) for link in skeleton.links],
             "sigmas": None if self.sigmas is None else self.sigmas.tolist(),
+            "value_range": self.value_range.to_plain(),
         }
 
 
@@ -287,7 +299,7 @@ def load_data(
     known: dict[str, Any] | None = None,
     test_only: bool = False,
 ) -> Data:
-    """Read the splits, check them against each other, and settle labels, mirror map and OKS sigmas.
+    """Read the splits, check them against each other, and settle labels, brightness, mirror map and OKS sigmas.
 
     Args:
         source: Which data.
@@ -327,8 +339,12 @@ def load_data(
     if train is not None:
         _warn_of_unused(train, val)
         _warn_of_overlap(train, val)
+    value_range = ValueRange() if known is None else ValueRange.from_plain(known.get("value_range"))
+    parts = [(split.images, split.annotations, split.indices) for split in (train, val) if split is not None]
+    value_range = dataset_value_range(parts, value_range, (train or val).name, source.cache_dir)
+    train, val = train and train.shown_in(value_range), val.shown_in(value_range)
     if task != "keypoint":
-        return Data(train, val, label_map)
+        return Data(train, val, label_map, value_range=value_range)
 
     of_split = train or val
     num_keypoints = of_split.annotations.num_keypoints
@@ -339,7 +355,7 @@ def load_data(
         raise ValueError(f"{val.name}: {found} keypoints per object, {of_split.name} has {num_keypoints}")
     values, origin = choose_sigmas(sigmas, of_split.skeleton, num_keypoints)
     logger.info("OKS sigmas from %s: %s", origin, " ".join(f"{s:g}" for s in values))
-    return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values)
+    return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values, value_range)
 
 
 def _check_names(split: Split, ids: Sequence[int], names: Sequence[str], where: str) -> None:

@@ -1,22 +1,33 @@
-"""Image files to RGB pixels: decoding, EXIF rotation, colour modes, limits.
+"""Image files to RGB pixels: decoding, EXIF rotation, colour modes, brightness, limits.
 
 Pillow decodes: it is bit-identical to torchvision's decoder, reads every format, and guards against image
 bombs; torchvision's own decoder is announced to be removed. Nothing here knows about annotations.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pixels.image_files import unreadable_format
+from pixels.value_range import ValueRange, to_levels
 
 # EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+# Pillow keeps the higher byte of 16-bit colours, by a raw mode that says which of the two comes first. The raw mode of
+# the other order gives it the lower byte. Grey with alpha has one order only; as four channels it gives all bytes.
+_OTHER_ORDER = {
+    "16B": "16L",
+    "16L": "16B",
+    "16N": "16B" if sys.byteorder == "little" else "16L",
+}
+_GREY_WITH_ALPHA = "LA;16B"
 
 
 def unsafe_file_name(name: str) -> str | None:
@@ -69,12 +80,14 @@ class ImageHeader:
         width: Columns of pixels in the file, before EXIF rotation.
         orientation: EXIF orientation, 1 where there is none.
         mode: Pillow's colour mode.
+        is_deep: Whether a channel has more than 8 bits.
     """
 
     height: int
     width: int
     orientation: int
     mode: str
+    is_deep: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -110,21 +123,24 @@ def read_header(path: Path) -> ImageHeader:
     """
     try:
         with _open(path) as image:
-            return ImageHeader(image.height, image.width, _orientation(image), image.mode)
+            return ImageHeader(image.height, image.width, _orientation(image), image.mode, _is_deep(image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
         raise BadImageError(path, f"cannot read the image header: {_reason(error, path)}") from error
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool = True) -> np.ndarray:
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, apply_exif: bool = True, value_range: ValueRange | None = None
+) -> np.ndarray:
     """Decode an image file to RGB.
 
-    Grey, palette, CMYK and 16-bit images keep their brightness; alpha is dropped.
+    Grey, palette and CMYK images keep their brightness; alpha is dropped.
 
     Args:
         path: The file.
         size: (height, width) that the image's annotations were made on, for a check.
         apply_exif: Show the picture as its EXIF orientation says. If False, the stored picture is taken
             where its size is ``size`` and the rotated one otherwise, as COCO files need it.
+        value_range: Which values are black and white, where a channel has more than 8 bits; None for 16 bits.
 
     Returns:
         uint8 [H, W, 3]; may be read-only memory.
@@ -132,12 +148,16 @@ def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
     Raises:
         BadImageError: The file cannot be decoded, or has another size than its annotations say.
     """
+    value_range = value_range or ValueRange()
     try:
         with _open(path) as image:
-            if (apply_exif or (image.height, image.width) != size) and _orientation(image) != 1:
-                pixels = _to_rgb(ImageOps.exif_transpose(image))
+            turns = apply_exif or (image.height, image.width) != size
+            # The higher bytes alone are what 16 bits come to.
+            if _is_deep(image) and not (image.mode in ("RGB", "RGBA") and value_range.of("whole") == (0, 65535)):
+                pixels = _as_colour(to_levels(_decode_values(image, path, turns), value_range))
             else:
-                pixels = _to_rgb(image)
+                shown = _turned(image, turns)
+                pixels = np.asarray(shown if shown.mode == "RGB" else shown.convert("RGB"))
     except Exception as error:
         raise BadImageError(path, f"cannot decode the image: {_reason(error, path)}") from error
     if size is not None and pixels.shape[:2] != size:
@@ -149,18 +169,74 @@ def read_image(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
     return pixels
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Return uint8 [H, W, 3]; Pillow's own conversion of 16-bit modes saturates to white, hence not used."""
-    if image.mode == "RGB":
-        return np.asarray(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError(f"mode {image.mode} with values {grey.min()} to {grey.max()}; expected 16 bits")
-        return np.repeat((grey.astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined brightness; convert the file to 8 or 16 bits")
-    return np.asarray(image.convert("RGB"))
+def read_values(path: Path) -> np.ndarray | None:
+    """Decode the values of a picture with more than 8 bits a channel; None for any other, by its header alone.
+
+    Returns:
+        Whole or floating-point numbers, [H, W] or [H, W, 3].
+
+    Raises:
+        BadImageError: The file cannot be decoded.
+    """
+    try:
+        with _open(path) as image:
+            return _decode_values(image, path, turns=False) if _is_deep(image) else None
+    except Exception as error:
+        raise BadImageError(path, f"cannot decode the image: {_reason(error, path)}") from error
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how an image that is not decoded yet says that its channels are stored; "" where it does not."""
+    for _, _, _, args in image.tile[:1] if isinstance(image, ImageFile.ImageFile) else ():
+        first = args[0] if isinstance(args, tuple) and args else args
+        return first if isinstance(first, str) else ""
+    return ""
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell whether a channel of an image that is not decoded yet has more than 8 bits."""
+    return image.mode.startswith(("I", "F")) or (image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image))
+
+
+def _turned(image: Image.Image, turns: bool) -> Image.Image:
+    """Return an image as its EXIF orientation shows it, if ``turns``."""
+    return ImageOps.exif_transpose(image) if turns and _orientation(image) != 1 else image
+
+
+def _decode_values(image: Image.Image, path: Path, turns: bool) -> np.ndarray:
+    """Return the values of the deep ``image`` of ``path``, [H, W] or [H, W, 3], turned as `_turned` does."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(_turned(image, turns))
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    assert isinstance(image, ImageFile.ImageFile)
+    raw_mode, swapped = _raw_mode(image), [_in_other_order(tile) for tile in image.tile]
+    with _open(path) as other:
+        assert isinstance(other, ImageFile.ImageFile)
+        if raw_mode == _GREY_WITH_ALPHA:
+            other.tile = [tile._replace(args="RGBA") for tile in other.tile]
+            high, low = np.split(np.asarray(_turned(other, turns))[:, :, :2], 2, axis=2)
+            return _join_bytes(high[:, :, 0], low[:, :, 0])
+        other.tile = swapped
+        high, low = (np.asarray(_turned(one, turns))[:, :, :3] for one in (image, other))
+    return _join_bytes(high, low)
+
+
+def _in_other_order(tile: Any) -> Any:
+    """Return a tile of Pillow's whose 16-bit colours give their other byte."""
+    raw_mode, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    channels, _, order = raw_mode.rpartition(";")
+    swapped = f"{channels};{_OTHER_ORDER[order]}"
+    return tile._replace(args=(swapped, *rest) if isinstance(tile.args, tuple) else swapped)
+
+
+def _join_bytes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Return 16-bit values of their two bytes, uint16 [...]."""
+    return high.astype(np.uint16) << 8 | low
+
+
+def _as_colour(levels: np.ndarray) -> np.ndarray:
+    """Return grey levels [H, W] as [H, W, 3], and colours as they are."""
+    return levels if levels.ndim == 3 else np.repeat(levels[:, :, None], 3, axis=2)
 
 
 def _reason(error: Exception, path: Path) -> str:

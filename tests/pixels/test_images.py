@@ -7,7 +7,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from annotations.image_checks import find_shared_files
-from pixels.images import BadImageError, read_header, read_image
+from helpers.deep_images import save_png16, save_tiff16
+from pixels.images import BadImageError, read_header, read_image, read_values
+from pixels.value_range import ValueRange
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
 
@@ -46,10 +48,56 @@ def test_one_bit_images_become_black_and_white(tmp_path):
     assert set(np.unique(read_image(save(image, tmp_path / "a.png")))) == {0, 255}
 
 
-def test_float_images_are_refused_by_name(tmp_path):
-    path = save(Image.fromarray(RAMP.astype(np.float32)), tmp_path / "a.tif")
-    with pytest.raises(BadImageError, match=r"a\.tif.*floating-point"):
-        read_image(path)
+TWELVE_BITS = ValueRange(whole=(0, 4095))
+COLOURS = np.random.default_rng(0).integers(0, 4096, (48, 64, 4)).astype(np.uint16)
+
+
+def test_twelve_bits_are_as_bright_as_eight(tmp_path):
+    path = save(Image.fromarray(RAMP.astype(np.uint16) << 4), tmp_path / "a.png")
+    assert (read_image(path, value_range=TWELVE_BITS) == RAMP[:, :, None]).all()
+    assert read_image(path).max() == 15  # as 16 bits
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_images_are_scaled_by_their_range(tmp_path, dtype):
+    path = save(Image.fromarray((RAMP.astype(np.int64) << 8).astype(dtype)), tmp_path / "a.tif")
+    shown = ValueRange(whole=(0, 65535), real=(0, 65280))
+    assert read_header(path).is_deep and (read_image(path, value_range=shown) == RAMP[:, :, None]).all()
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_have_all_their_bits(tmp_path, channels):
+    values = COLOURS[:, :, :channels]
+    path = save_png16(values, tmp_path / "a.png")
+    wanted = values[:, :, 0] if channels == 2 else values[:, :, :3]
+    assert read_header(path).is_deep and (read_values(path) == wanted).all()
+    levels = wanted >> 4
+    assert (read_image(path, value_range=TWELVE_BITS) == (levels[:, :, None] if channels == 2 else levels)).all()
+    with Image.open(path) as image:  # 16 bits are as Pillow has them
+        assert (read_image(path) == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deflate", [False, True])
+def test_tiff_colours_of_16_bits_have_all_their_bits(tmp_path, order, deflate):
+    path = save_tiff16(COLOURS[:, :, :3], tmp_path / "a.tif", order, deflate)
+    assert (read_values(path) == COLOURS[:, :, :3]).all()
+
+
+def test_deep_colours_are_turned_by_exif_as_others_are(tmp_path):
+    for orientation in range(1, 9):
+        exif = with_orientation(orientation)
+        deep = save_png16(COLOURS[:, :, :3], tmp_path / "deep.png", exif)
+        flat = save(Image.fromarray((COLOURS[:, :, :3] >> 4).astype(np.uint8)), tmp_path / "flat.png", exif=exif)
+        assert (read_image(deep, value_range=TWELVE_BITS) == read_image(flat)).all()
+
+
+def test_a_range_changes_nothing_of_pictures_with_8_bits(tmp_path):
+    image = Image.fromarray(np.repeat(RAMP[:, :, None], 3, axis=2))
+    for mode, name in (("RGB", "a.png"), ("L", "b.png"), ("P", "c.gif"), ("RGBA", "d.png"), ("CMYK", "e.jpg")):
+        path = save(image.convert(mode), tmp_path / name)
+        assert not read_header(path).is_deep and read_values(path) is None
+        assert (read_image(path, value_range=TWELVE_BITS) == read_image(path)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
