@@ -35,6 +35,10 @@ from models.architectures import ModelSpec
 
 Built = TypeVar("Built")
 
+# Grey levels of 255: below the first a picture is black, above the second white; with no more between its darkest and
+# its brightest it is flat.
+BLACK, WHITE, FLAT = 16, 239, 3
+
 
 class _Collector(logging.Handler):
     """Collects what is logged: a `Finding` as it is, any other warning as a finding that is all problem."""
@@ -165,7 +169,7 @@ def check_pictures(split: Split, trial: Trial, source: Source, workers: int | No
 def look_at_pictures(
     data: Data, good: dict[str, np.ndarray], source: Source, workers: int | None = None
 ) -> tuple[list[Observation], list[str]]:
-    """Look for pictures that EXIF turns, that occur twice, or that are in both splits.
+    """Look for pictures that EXIF turns, that occur twice or in both splits, or that show next to nothing.
 
     Args:
         data: Both splits.
@@ -179,8 +183,9 @@ def look_at_pictures(
     prints: dict[str, tuple[Split, Fingerprints]] = {}
     for role, split in (("train", data.train), ("val", data.val)):
         if split is not None and isinstance(split.images, ImageFolder):
-            root, cache_dir = split.images.root, source.cache_dir
-            found = fingerprint_images(split.annotations, root, good[role], cache_dir=cache_dir, workers=workers)
+            found = fingerprint_images(
+                split.annotations, split.images, good[role], cache_dir=source.cache_dir, workers=workers
+            )
             prints[role] = split, found
     seen: list[Observation] = []
     facts = []
@@ -189,6 +194,7 @@ def look_at_pictures(
     for role, (split, found) in prints.items():
         seen += _look_for_pairs(role, (split, found))
         seen += _look_for_turned(role, split, found)
+        seen += _look_for_empty(role, split, found)
         modes = {mode: found.modes.count(mode) for mode in sorted(set(found.modes) - {"RGB"})}
         if modes:
             listed = ", ".join(f"{count} of mode {mode}" for mode, count in modes.items())
@@ -239,6 +245,29 @@ def _look_for_turned(role: str, split: Split, prints: Fingerprints) -> list[Obse
         lambda a: f"{split.annotations.file_name(int(prints.indices[a]))} has orientation {prints.orientations[a]}",
         f"{used}; --view shows what the model sees",
     )
+
+
+def _look_for_empty(role: str, split: Split, prints: Fingerprints) -> list[Observation]:
+    """Look for pictures that are black, white or of one grey level as the model gets them."""
+    low, high = prints.levels.astype(np.float64).T
+    is_black, is_white = high < BLACK, low > WHITE
+    is_flat = ~is_black & ~is_white & (high - low <= FLAT)
+
+    def shown(a: int) -> str:
+        return f"{split.annotations.file_name(int(prints.indices[a]))} has levels {low[a]:.0f} to {high[a]:.0f} of 255"
+
+    advice = "nothing can be learned from them; look at them, and replace or remove them"
+    return [
+        observation
+        for what, chosen, badness in (
+            ("black", is_black, -high),
+            ("white", is_white, low),
+            ("flat: all of one grey level", is_flat, low - high),
+        )
+        for observation in observe_worst(
+            f"pictures of {role} are {what} as the model gets them", np.where(chosen, badness, np.nan), shown, advice
+        )
+    ]
 
 
 def look_at_objects(

@@ -1,11 +1,12 @@
-"""The same picture twice: byte for byte, or recompressed, resized or recoloured.
+"""What is remembered of each picture's look: how dark and bright it is, and whether it occurs twice.
 
-A picture is remembered as a digest of its file and as a grey thumbnail; the thumbnail's differences between
-neighbours, brighter or darker, are its perceptual hash (dHash,
+Twice is byte for byte, or recompressed, resized or recoloured. A picture is remembered as a digest of its file and as a
+grey thumbnail; the thumbnail's differences between neighbours, brighter or darker, are its perceptual hash (dHash,
 https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html).
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import os
@@ -20,7 +21,9 @@ from tqdm import tqdm
 
 from annotations.arrays import Annotations
 from annotations.image_checks import FileMemory
+from loading.samples import ImageFolder
 from pixels.images import read_header, read_image
+from pixels.value_range import OUTLIER, ValueRange
 
 # Thumbnails are this high, and one wider: 256 differences between neighbours.
 HASH_SIDE = 16
@@ -49,6 +52,7 @@ class Fingerprints:
         thumbnails: uint8 [P, HASH_SIDE, HASH_SIDE + 1], grey, as shown after EXIF rotation.
         orientations: int64 [P], EXIF orientations, 1 where there is none.
         modes: P colour modes, in Pillow's names.
+        levels: uint8 [P, 2], the grey levels that all but one in `pixels.value_range.OUTLIER` pixels lie between.
     """
 
     indices: np.ndarray
@@ -56,6 +60,7 @@ class Fingerprints:
     thumbnails: np.ndarray
     orientations: np.ndarray
     modes: list[str]
+    levels: np.ndarray
 
     def bits(self) -> np.ndarray:
         """Return the perceptual hashes, bool [P, HASH_SIDE ** 2]: is a pixel brighter than its left neighbour?"""
@@ -64,7 +69,7 @@ class Fingerprints:
 
 def fingerprint_images(
     annotations: Annotations,
-    root: Path,
+    images: ImageFolder,
     indices: np.ndarray,
     *,
     cache_dir: Path | None = None,
@@ -76,16 +81,20 @@ def fingerprint_images(
 
     Args:
         annotations: Names the files of the split's pictures.
-        root: Folder that file names are relative to.
+        images: Reads the pictures, from its folder and with its range of values.
         indices: int64, images that exist and decode.
         cache_dir: Where fingerprints are remembered; None for the default.
         workers: Threads; as many as there are cores by default.
     """
-    memory = FileMemory("fingerprints", root, cache_dir)
+    root, value_range = images.root, images.value_range
+    # A deep picture's look depends on the rule for its brightness.
+    rule = "" if value_range == ValueRange() else "-" + hashlib.sha256(repr(value_range).encode()).hexdigest()[:8]
+    memory = FileMemory(f"looks{rule}", root, cache_dir)
     paths = [root / annotations.file_name(i) for i in indices.tolist()]
     unknown = [path for path in paths if memory.get(path) is None]
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = tqdm(pool.map(_look_at, unknown), "hashing images", len(unknown), disable=None, leave=False)
+        looks = pool.map(functools.partial(_look_at, value_range=value_range), unknown)
+        results = tqdm(looks, "hashing images", len(unknown), disable=None, leave=False)
         for path, result in zip(unknown, results):
             memory.put(path, result)
     if unknown:
@@ -94,26 +103,31 @@ def fingerprint_images(
     shape = (len(known), HASH_SIDE, HASH_SIDE + 1)
     return Fingerprints(
         indices,
-        [digest for digest, _, _, _ in known],
-        np.frombuffer(b"".join(bytes.fromhex(t) for _, t, _, _ in known), dtype=np.uint8).reshape(shape),
-        np.array([orientation for _, _, orientation, _ in known], dtype=np.int64),
-        [mode for _, _, _, mode in known],
+        [digest for digest, *_ in known],
+        np.frombuffer(b"".join(bytes.fromhex(thumbnail) for _, thumbnail, *_ in known), dtype=np.uint8).reshape(shape),
+        np.array([orientation for _, _, orientation, *_ in known], dtype=np.int64),
+        [mode for _, _, _, mode, _ in known],
+        np.array([levels for *_, levels in known], dtype=np.uint8).reshape(-1, 2),
     )
 
 
-def _look_at(path: Path) -> tuple[str, str, int, str]:
-    """Return (digest, thumbnail as hexadecimal, orientation, mode) of an image file."""
+def _look_at(path: Path, value_range: ValueRange) -> tuple[str, str, int, str, list[int]]:
+    """Return (digest, thumbnail as hexadecimal, orientation, mode, lowest and highest level) of an image file."""
     content = path.read_bytes()
     header = read_header(path)
-    if header.mode in ("L", "RGB", "P", "RGBA", "CMYK"):
+    if header.mode in ("L", "RGB", "P", "RGBA", "CMYK") and not header.is_deep:
         image: Image.Image = Image.open(io.BytesIO(content))
         image.draft("L", (8 * HASH_SIDE, 8 * HASH_SIDE))  # a JPEG is decoded at an eighth of its size where possible
         image = ImageOps.exif_transpose(image)
     else:
-        image = Image.fromarray(np.array(read_image(path)))
-    small = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+        image = Image.fromarray(np.array(read_image(path, value_range=value_range)))
+    grey = image.convert("L")
+    small = grey.resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    cumulative = np.cumsum(grey.histogram())
+    few = cumulative[-1] // OUTLIER
+    low, high = np.searchsorted(cumulative, (few, cumulative[-1] - few - 1), side="right").tolist()
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return digest, small.tobytes().hex(), header.orientation, header.mode
+    return digest, small.tobytes().hex(), header.orientation, header.mode, [low, high]
 
 
 def find_equal_pairs(first: Fingerprints, second: Fingerprints | None = None) -> Iterator[tuple[int, int, bool]]:

@@ -8,6 +8,7 @@ from annotations.findings import Findings
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
 from inspection.duplicates import find_equal_pairs, fingerprint_images
+from loading.samples import ImageFolder
 
 
 def landscape(seed, size=(90, 120)):
@@ -21,7 +22,7 @@ def fingerprints(root, names, **options):
     images = [{"id": k, "file_name": name, "height": 1, "width": 1} for k, name in enumerate(names)]
     rules = Rules("test", str, str)
     annotations = annotations_from_records(images, [], [{"id": 1, "name": "thing"}], rules, Findings())
-    return fingerprint_images(annotations, root, np.arange(len(names)), **options)
+    return fingerprint_images(annotations, ImageFolder(root), np.arange(len(names)), **options)
 
 
 COPIES = {
