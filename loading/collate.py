@@ -19,6 +19,10 @@ from pixels.lazy_image import finish_masks, finish_pixels
 
 Targets = list[dict[str, Any]]
 
+# Masks of the source's size, before the device resizes them, take so many bytes at a time: 100 objects on 12 megapixels
+# would take 1.2 GB.
+MAX_MASK_BYTES = 64 << 20
+
 
 @dataclass
 class PackedBatch:
@@ -114,12 +118,42 @@ def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targ
             for name, value in arrays.items()
         }
         if batch.blocks is not None:
-            masks = torch.zeros((len(batch.blocks[i]), *batch.image_sizes[i]), dtype=torch.uint8, device=device)
-            for mask, (left, top, height, width) in zip(masks, batch.blocks[i].tolist()):
-                block = buffer[start : start + height * width].view(height, width)
-                mask[top : top + height, left : left + width] = block
-                start += height * width
-            placement = batch.placements[i]
-            target["masks"] = masks if placement is None else finish_masks(masks, placement)
+            rows = batch.blocks[i].tolist()
+            target["masks"] = _unpack_masks(buffer[start:], rows, batch.image_sizes[i], batch.placements[i])
+            start += sum(height * width for _, _, height, width in rows)
         targets.append(target)
     return images, targets
+
+
+def _unpack_masks(buffer: Tensor, rows: list[list[int]], size: tuple[int, int], placement: Placement | None) -> Tensor:
+    """Return the masks of one image on its canvas, uint8 [N, H, W], on the buffer's device.
+
+    Where the device resizes them, masks of the source's size exist for a few objects at a time only.
+
+    Args:
+        buffer: uint8, begins with the pixels of the mask blocks.
+        rows: (left, top, h, w) of each block.
+        size: (h, w) of the image in the batch.
+        placement: What is left to do with it.
+    """
+    if placement is None:
+        return _paste_blocks(buffer, rows, size)
+    at_once = max(1, MAX_MASK_BYTES // (size[0] * size[1]))
+    if len(rows) <= at_once:
+        return finish_masks(_paste_blocks(buffer, rows, size), placement)
+    masks, start = buffer.new_empty((len(rows), placement.height, placement.width)), 0
+    for first in range(0, len(rows), at_once):
+        piece = rows[first : first + at_once]
+        masks[first : first + at_once] = finish_masks(_paste_blocks(buffer[start:], piece, size), placement)
+        start += sum(height * width for _, _, height, width in piece)
+    return masks
+
+
+def _paste_blocks(buffer: Tensor, rows: list[list[int]], size: tuple[int, int]) -> Tensor:
+    """Return the masks of the blocks that ``buffer`` begins with, uint8 [N, *size]; arguments as `_unpack_masks`."""
+    masks, start = buffer.new_zeros((len(rows), *size)), 0
+    for mask, (left, top, height, width) in zip(masks, rows):
+        block = buffer[start : start + height * width].view(height, width)
+        mask[top : top + height, left : left + width] = block
+        start += height * width
+    return masks

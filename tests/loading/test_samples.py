@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from annotations.findings import Findings
@@ -14,12 +15,15 @@ from coco_utils import annotations_from_records
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from helpers.coded import CodedImages, coded_annotations, coded_dataset, without_colours
 from helpers.drawn import draw_coco
+from loading import collate
 from loading.collate import collate_fn, unpack
 from loading.copy_paste import CopyPaste, paste_objects
 from loading.loaders import DeviceLoader
-from loading.samples import DetectionDataset
+from loading.samples import DetectionDataset, Sample
 from loading.splits import label_map_for
-from pixels.masks import paste_blocks
+from pixels.geometry import Placement
+from pixels.lazy_image import finish_masks
+from pixels.masks import MaskBlock, paste_blocks
 from presets import PRESETS, build_transforms
 
 CPU = torch.device("cpu")
@@ -192,6 +196,42 @@ def test_packing_a_batch_loses_nothing():
         assert (target["masks"].numpy() == paste_blocks(sample.blocks, *sample.pixels.shape[:2])).all()
         for name in ("boxes", "labels", "keypoints"):
             assert (target[name].numpy() == sample.target[name]).all()
+
+
+class TensorSizes(TorchDispatchMode):
+    """Notes the bytes of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.largest = max(self.largest, made.numel() * made.element_size())
+        return made
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("num_objects", [0, 1, 7, 40])
+def test_masks_that_the_device_resizes_take_bounded_memory_and_are_the_same(num_objects, flipped, monkeypatch):
+    rng = np.random.default_rng(0)
+    height, width = 300, 400
+    placement = Placement((0, 0, width, height), (3, 5, 83, 65), 70, 90, flipped, (0, 0, 0), True)
+    blocks = []
+    for _ in range(num_objects):
+        left, top = int(rng.integers(0, width - 30)), int(rng.integers(0, height - 20))
+        blocks.append(MaskBlock(left, top, rng.integers(0, 2, (20, 30), dtype=np.uint8)))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    batch = collate_fn([Sample(pixels, placement, {"image_id": n}, blocks) for n in range(2)])
+    expected = finish_masks(torch.from_numpy(paste_blocks(blocks, height, width)), placement)
+    for at_once in (40, 7, 3, 0):
+        monkeypatch.setattr(collate, "MAX_MASK_BYTES", at_once * height * width)
+        with TensorSizes() as sizes:
+            _, targets = unpack(batch, CPU)
+        assert all(torch.equal(target["masks"], expected) for target in targets)
+        own = max(pixels.size * 4, batch.buffer.numel(), expected.numel())  # of image, batch and result
+        assert sizes.largest <= max(own, at_once * height * width)
 
 
 def test_the_loader_ends_and_starts_again_with_persistent_workers(drawn_coco):
