@@ -50,6 +50,8 @@ from optimization.precision import choose_amp
 from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
+from process.joining import launched_ranks
+from process.waiting import Stopped
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint
 from runtime.machine import explain_failure, prepare_process
@@ -67,8 +69,10 @@ from utils import (
     Distributed,
     check_same_everywhere,
     choose_device,
+    describe_error,
     init_distributed,
     main_process_first,
+    meet,
     rank,
     seed_torch,
     setup_logging,
@@ -89,25 +93,31 @@ def errors_in_one_line() -> Iterator[None]:
     """Turn the errors that set-up raises for users into `SetUpError`."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SetUpError(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise SetUpError(describe_error(error)) from error
 
 
 def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
     """Join the other processes and set up signals, log and determinism."""
     prepare_process()
     stop.install()
+    setup_logging(launched_ranks()[0] == 0, on_lost=lambda error: end_of_log(error, stop))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     with errors_in_one_line():
         distributed = init_distributed(choose_device(args.device), args.dist_url)
-    setup_logging(distributed.is_main)
     logger.info("%d process(es) on %s, seed %d", distributed.world_size, distributed.device, args.seed)
     log_ineffective_flags(args)
     if args.use_deterministic_algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return distributed
+
+
+def end_of_log(error: OSError, stop: StopRequest) -> None:
+    """Stop as for a signal when the reader of the log has gone, as with ``| head``; a full disk costs lines only."""
+    if isinstance(error, BrokenPipeError):
+        stop.note("SIGPIPE")
 
 
 def main(
@@ -150,6 +160,7 @@ def main(
             state.restore(checkpoint)
         if args.compile:
             compile_backbone(bare_model, typical_input(spec, sampler.batch_size, device), options.amp_dtype)
+        meet("are not ready for the first step yet")
         model = distribute(bare_model, device, args.accumulate)
 
         # Plan
@@ -221,7 +232,7 @@ def start_model(
     if checkpoint is not None:
         model, spec = rebuild_model(checkpoint, wanted, averaged=args.test_only)
     else:
-        with main_process_first():  # one download per machine
+        with main_process_first("read the weights first, on each machine"):  # one download per machine
             model, spec = build_start_model(
                 wanted,
                 weights=args.weights,
@@ -366,6 +377,7 @@ def run(argv: list[str] | None = None) -> int:
     take_model_from_checkpoint(args)
     check_args(parser, args)
     stop = StopRequest()
+    is_given_up = False
     try:
         distributed = start_process(args, stop)
         return (verify_resume if args.verify_resume else main)(args, distributed, stop)
@@ -375,6 +387,10 @@ def run(argv: list[str] | None = None) -> int:
     except SetUpError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"{parser.prog}: {stopped}; nothing was trained", file=sys.stderr)
+        is_given_up = True
+        return 0
     except Exception as error:
         explained = explain_failure(error)
         if explained is None:
@@ -382,13 +398,15 @@ def run(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: error: {explained}", file=sys.stderr)
         return 1
     finally:
-        shut_down_distributed()
+        if not is_given_up:  # leaving the group would be one more wait for the others
+            shut_down_distributed()
 
 
 def end_process(code: int) -> None:
     """Leave with an exit code, at once: Python would wait for a loading process that is stuck, for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full
+            stream.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler complains of loading processes that are killed
     for child in multiprocessing.active_children():
         child.kill()

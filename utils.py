@@ -7,21 +7,21 @@ callers hold no ``if distributed``. Nothing here knows about images, models or m
 import argparse
 import contextlib
 import datetime
+import errno
+import functools
 import hashlib
 import json
 import logging
 import logging.handlers
 import os
-import re
 import resource
+import signal
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -29,14 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from process.joining import join_group, launched_ranks
+from process.waiting import EXIT_SIGNAL, Stopped, signals_raise, wait_until
+
 logger = logging.getLogger(__name__)
 
 # How long a rank waits for the others. Evaluation on rank 0 may take minutes; a hang must still end.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-# How long the processes wait for each other at the start.
-START_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,40 @@ class Distributed:
 
 
 class _LinesAboveBars(logging.StreamHandler):
-    """Writes lines above a progress bar, if there is one, and as they are otherwise."""
+    """Writes lines above a progress bar, if there is one, and as they are otherwise.
+
+    Args:
+        stream: Where to.
+        on_lost: Called with the error when the stream takes no more lines: a closed pipe, a full disk.
+    """
+
+    def __init__(self, stream: TextIO, on_lost: Callable[[OSError], None]) -> None:
+        super().__init__(stream)
+        self.on_lost = on_lost
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=self.stream)
             self.flush()
+        except OSError as error:
+            close_stdout()
+            self.on_lost(error)
         except Exception:
             self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that says once, in one line, that its disk takes no more."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.lost:
+            self.lost = True
+            print(f"{self.baseFilename}: {error.strerror}; lines are missing from here on", file=sys.stderr)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -81,10 +106,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def setup_logging(is_main: bool) -> None:
-    """Send INFO (other ranks: warnings) to stdout, one plain line per message."""
-    handler = _LinesAboveBars(sys.stdout)
-    prefix = "" if is_main else f"[rank {os.environ.get('RANK', '?')}] "
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def setup_logging(is_main: bool, on_lost: Callable[[OSError], None] = _raise) -> None:
+    """Send INFO (other ranks: warnings) to stdout, one plain line per message.
+
+    Args:
+        is_main: Whether this is the first process.
+        on_lost: Called with the error when stdout takes no more: a closed pipe, a full disk; by default it is raised.
+    """
+    handler = _LinesAboveBars(sys.stdout, on_lost)
+    prefix = "" if is_main else f"[rank {launched_ranks()[0]}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     # What is said before the run has a folder waits here for its log file.
     early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
@@ -94,7 +128,7 @@ def setup_logging(is_main: bool) -> None:
 def log_to_file(path: Path) -> None:
     """Write all that was and will be logged by this process at the end of a file, with the time of every line."""
     root = logging.getLogger()
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _LogFile(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     for handler in root.handlers[:]:
         if isinstance(handler, logging.handlers.MemoryHandler):
@@ -105,21 +139,60 @@ def log_to_file(path: Path) -> None:
     root.addHandler(file)
 
 
-def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermath: str = "") -> int:
-    """Return the exit code of ``main(args)``; an expected error becomes one line on stderr and exit code 1.
+def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermath: str = "", stopped: str = "") -> int:
+    """Return the exit code of ``main(args)``: every end but that of a bug is one line on stderr and a code.
+
+    An expected error gives 1. SIGINT and SIGTERM give 130 and 143, after what was half written is removed, and a closed
+    pipe, as with ``| head``, ends the command without a word and with 141.
 
     Args:
         program: Name of the command, at the start of that line.
         main: Does the command's work.
         args: Its parsed flags.
-        aftermath: What the line adds after the error, such as that nothing was written.
+        aftermath: What the line adds after an error, such as that nothing was written.
+        stopped: What it adds after a signal.
     """
     setup_logging(is_main=True)
     try:
-        return main(args)
+        with signals_raise():
+            code = main(args)
+            sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        close_stdout()  # what was not printed until now is not wanted
+        print(f"{program}: {stop}{stopped}", file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        close_stdout()
+        return EXIT_SIGNAL + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"{program}: error: {error}{aftermath}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        print(f"{program}: error: {describe_error(error)}{aftermath}", file=sys.stderr)
+        if isinstance(error, OSError):
+            close_stdout()
         return 1
+
+
+def close_stdout() -> None:
+    """Let what is still to be printed vanish: nobody reads it, or its disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error as one line; of the system's, the file and what is wrong with it."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    advice = {
+        errno.ENOSPC: "; make room, or choose another disk",
+        errno.EDQUOT: "; make room, or choose another disk",
+        errno.EACCES: "; its owner or its rights forbid it",
+    }
+    return f"{place}{error.strerror}{advice.get(error.errno or 0, '')}"
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -141,54 +214,6 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def _launched_ranks() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) from torchrun's variables, else SLURM's, else of a single process."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    # A bare `salloc` shell also carries SLURM_PROCID: only a step of several tasks is a distributed run.
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
-    return 0, 0, 1
-
-
-def _fill_in_slurm_address() -> None:
-    """Derive MASTER_ADDR and MASTER_PORT from SLURM's variables where the user has not set them."""
-    env = os.environ
-    if "MASTER_ADDR" not in env:
-        # "node[012-014,020]" or "node7,node9": the first host of the list.
-        first = re.match(r"([^,\[]+)(?:\[(\d+))?", env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
-        if first is None:
-            raise ValueError("several SLURM tasks but no MASTER_ADDR and no node list; export MASTER_ADDR")
-        env["MASTER_ADDR"] = first[1] + (first[2] or "")
-    # One port per job, so that two jobs on a node do not meet.
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-
-
-def _name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """Return a name that the living processes of this attempt share, and none of an earlier one has used.
-
-    The launcher's store outlives the processes, and a machine that was brought back counts fewer restarts than the
-    others, so counting does not name an attempt. Every process leaves a token of its own; process 0 calls the roll of
-    tokens, its own first, until all processes have found theirs in it and answered.
-    """
-    token = uuid.uuid4().hex
-    if rank != 0:
-        store.set(f"token/{rank}", token)
-        while True:
-            roll = store.get("roll").decode().split()
-            if roll[rank] == token:
-                store.set(f"here/{roll[0]}/{token}", "")
-                return roll[0]
-            time.sleep(0.02)
-    while True:
-        tokens = [data.decode() for data in store.multi_get([f"token/{r}" for r in range(1, world_size)])]
-        store.set("roll", " ".join([token, *tokens]))
-        if store.check([f"here/{token}/{other}" for other in tokens]):
-            return token
-        time.sleep(0.02)
-
-
 def init_distributed(device: torch.device, dist_url: str = "env://") -> Distributed:
     """Join the process group that torchrun or SLURM describes; do nothing in a single process.
 
@@ -200,7 +225,7 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> Distribu
         device: ``cuda`` without an index means the device with this process's local rank.
         dist_url: ``env://`` or an init method of ``torch.distributed``, such as ``tcp://host:port``.
     """
-    rank, local_rank, world_size = _launched_ranks()
+    rank, local_rank, world_size = launched_ranks()
     if device.type == "cuda":
         # SLURM's --gpus-per-task=1 shows every process a GPU of its own, called cuda:0.
         has_own = world_size > 1 and "RANK" not in os.environ and torch.cuda.device_count() == 1
@@ -215,25 +240,7 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> Distribu
     if world_size == 1:
         return Distributed(0, 0, 1, device)
 
-    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": COLLECTIVE_TIMEOUT}
-    if device.type == "cuda":
-        options["device_id"] = device
-    if dist_url == "env://":
-        if "RANK" not in os.environ:
-            _fill_in_slurm_address()
-        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            is_master=rank == 0 and not agent_serves,
-            timeout=START_TIMEOUT,
-            multi_tenant=True,
-        )
-        options["store"] = dist.PrefixStore(_name_attempt(store, rank, world_size), store)
-    else:
-        options["init_method"] = dist_url
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+    join_group(rank, world_size, device, dist_url, COLLECTIVE_TIMEOUT)
     return Distributed(rank, local_rank, world_size, device)
 
 
@@ -258,6 +265,35 @@ def barrier() -> None:
     if dist.is_initialized():
         # A CPU tensor: the wait is on gloo, with this file's timeout, and takes no GPU memory.
         dist.all_reduce(torch.zeros(1))
+
+
+def meet(what: str) -> None:
+    """Wait until all processes are here, before anything is trained: the wait says what it is for and can be ended.
+
+    Args:
+        what: What the others may still be doing, as in "waiting for the other processes, which ...".
+
+    Raises:
+        Stopped: A signal has come.
+        WaitError: They did not come.
+    """
+    if dist.is_initialized():
+        work = dist.all_reduce(torch.zeros(1), async_op=True)
+        limit = COLLECTIVE_TIMEOUT.total_seconds() - 10  # gloo's own end of the wait says nothing
+        advice = "its own log says how far each one is; kill -USR2 prints where it stands"
+        wait_until(functools.partial(_is_over, work), f"the other processes, which {what}", limit=limit, advice=advice)
+
+
+def _is_over(work: dist.Work, seconds: float) -> bool:
+    """Wait for a collective, but no longer than so many seconds; returns whether it is over."""
+    try:
+        work.wait(datetime.timedelta(seconds=seconds))
+    except RuntimeError:
+        if work.is_completed():
+            work.wait()  # raises what went wrong, unless it has ended well just now
+            return True
+        return False
+    return True
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -315,6 +351,7 @@ def check_same_everywhere(what: str, value: str) -> None:
     """Raise ValueError on every process unless all of them have the same ``value``, such as a hash of their data."""
     if not dist.is_initialized():
         return
+    meet(f"have not read their {what} yet")
     mine = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "little")
     bounds = torch.tensor([mine, -mine])
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
@@ -323,16 +360,25 @@ def check_same_everywhere(what: str, value: str) -> None:
 
 
 @contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    """Let each machine's first process run the block before its others, for downloads and caches on disk."""
+def main_process_first(what: str) -> Iterator[None]:
+    """Let each machine's first process run the block before its others, for downloads and caches on disk.
+
+    Args:
+        what: What it does, as in "waiting for the other processes, which ...".
+    """
     is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
     if not is_first:
-        barrier()
+        meet(what)
     try:
         yield
-    finally:
+    except Stopped:
+        raise  # to meet the others now would be one more wait
+    except BaseException:
         if is_first:
-            barrier()
+            meet(what)
+        raise
+    if is_first:
+        meet(what)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -9,27 +9,33 @@ each); these arrays are memory-mapped from one file and shared by all processes 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from annotations.findings import Finding
 from files import write_aside
+from process.waiting import WaitError, wait_until
 from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
 # Raised by one whenever the arrays or their meaning change: older cache files are then ignored.
 CACHE_FORMAT = 3
+
+# How long another process may take to write a cache before this one reads the annotations itself.
+LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +210,9 @@ def cached_annotations(
 
     A cache file is named after the source's path and ``options`` and remembers its size, modification time
     and SHA-256. Equal size and time count as unchanged; equal size and another time are settled by the hash.
-    The first process that needs a missing cache builds it under a file lock, others wait and map it. Where
-    the folder cannot be written the annotations are built in memory, with a warning and nothing else lost.
+    The first process that needs a missing cache builds it under a file lock, others wait and map it. Where the folder
+    cannot be written, or the lock is not given up, the annotations are built in memory, with a warning and nothing
+    else lost.
 
     Args:
         source: The annotation file.
@@ -217,7 +224,7 @@ def cached_annotations(
     key = hashlib.sha256(f"{source.resolve()}\n{options}\n{CACHE_FORMAT}".encode()).hexdigest()[:16]
     path = cache_dir / f"{source.stem}-{key}.annotations"
     stamp_path = path.with_suffix(".json")
-    with _locked(path.with_suffix(".lock")) as problem:
+    with _locked(path.with_suffix(".lock"), f"another process, which reads {source} for the cache") as problem:
         if problem is None and _is_fresh(source, stamp_path) and path.exists():
             try:
                 return load_annotations(path)
@@ -228,16 +235,21 @@ def cached_annotations(
             if problem is not None:
                 raise problem
             save_annotations(annotations, path)
-            stamp_path.write_text(json.dumps(_stamp(source, with_hash=True)))
+            _write_stamp(stamp_path, _stamp(source, with_hash=True))
             return load_annotations(path)
-        except OSError as error:
+        except (OSError, WaitError) as error:
             logger.warning("no annotation cache in %s (%s); every start reads %s anew", cache_dir, error, source)
             return annotations
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[OSError | None]:
-    """Hold an exclusive lock on ``path``; yield the reason where its folder or the lock cannot be had."""
+def _locked(path: Path, holder: str) -> Iterator[OSError | WaitError | None]:
+    """Hold an exclusive lock on ``path``; yield the reason where its folder or the lock cannot be had.
+
+    Args:
+        path: The file to lock.
+        holder: Who else may hold it, for the word on a wait.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
@@ -245,12 +257,28 @@ def _locked(path: Path) -> Iterator[OSError | None]:
         yield error
         return
     with file:
+        advice = f"{path} is its lock; end a process that hangs (fuser -v {path}), or give another --cache-dir"
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
+            wait_until(functools.partial(_try_lock, file), holder, limit=LOCK_SECONDS, advice=advice)
+        except (OSError, WaitError) as error:
             yield error
             return
         yield None
+
+
+def _try_lock(file: IO[str], seconds: float) -> bool:
+    """Lock an open file; returns after at most so many seconds whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(seconds)
+        return False
+    return True
+
+
+def _write_stamp(path: Path, stamp: dict[str, Any]) -> None:
+    with write_aside(path) as temporary:
+        temporary.write_text(json.dumps(stamp))
 
 
 def _stamp(source: Path, with_hash: bool) -> dict[str, Any]:
@@ -276,5 +304,5 @@ def _is_fresh(source: Path, stamp_path: Path) -> bool:
     new = _stamp(source, with_hash=True)
     if old.get("sha256") != new["sha256"]:
         return False
-    stamp_path.write_text(json.dumps(new))
+    _write_stamp(stamp_path, new)
     return True

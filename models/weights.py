@@ -4,20 +4,28 @@ Files are always read with ``weights_only=True``, torchvision's own downloads to
 """
 
 import argparse
+import http.client
 import logging
+import pickle
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from files import read_torch_file
 from models.architectures import ARCHITECTURES, Backbone, ModelSpec, backbone_keys, build_model
+from process.waiting import STOP_SIGNALS, signals_raise
 from utils import sha256_of_file
 
 logger = logging.getLogger(__name__)
+
+# A server that sends nothing for so long is given up.
+SILENT_SERVER_SECONDS = 60.0
 
 # What torchvision's scripts put into their checkpoints; it is a plain bag of values.
 _IN_CHECKPOINTS = (argparse.Namespace,)
@@ -82,7 +90,7 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
         ValueError: The file is no state dict.
     """
     if source.entry is not None:
-        return dict(source.entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        return _download(source.entry)
     assert source.path is not None
     content = read_torch_file(source.path, _IN_CHECKPOINTS)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -90,6 +98,29 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{source.path}: expected a state dict or a checkpoint with a state dict under 'model'")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _download(entry: WeightsEnum) -> dict[str, Tensor]:
+    """Return torchvision's own weights, from torch's cache or from the web.
+
+    Raises:
+        ValueError: They cannot be had; the text says how to bring them.
+        Stopped: A signal has come; what was loaded until then is removed.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    if not cached.exists():
+        logger.info("downloading %s to %s", entry.url, cached)
+    silence = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SERVER_SECONDS)
+    try:
+        with signals_raise(STOP_SIGNALS):
+            return dict(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        remedy = f"load {entry.url} on a machine with network, and put it here as {cached}"
+        raise ValueError(f"{entry}: cannot be loaded ({reason.splitlines()[0]}); {remedy}") from error
+    finally:
+        socket.setdefaulttimeout(silence)
 
 
 def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import torch
 
 from files import read_torch_file, sync_to_disk, write_aside
-from utils import all_reduce_max, check_same_everywhere, sha256_of_file
+from utils import all_reduce_max, check_same_everywhere, meet, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def open_checkpoint(resume: str, output_dir: Path | None) -> tuple[dict[str, Any
 
     After a restart by torchrun the newest one in ``output_dir`` is taken, whatever ``resume`` says.
     """
+    meet("look for their checkpoint")
     # After a restart of several machines the one that was brought back counts none: all go by the highest count.
     restarts = all_reduce_max(torch.tensor([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]))
     restarted = bool(restarts)

@@ -17,7 +17,7 @@ from typing import Any
 
 from runtime.checkpoint import CheckpointFolder, lock_folder
 from runtime.trackers import METRICS, Tracker, build_trackers
-from utils import broadcast_json, log_to_file, rank, versions, world_size
+from utils import broadcast_json, log_to_file, meet, rank, versions, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class RunFolder:
 
     def best_epoch(self) -> int | None:
         """Return the epoch that ``best/`` and ``weights/best.pth`` are of, the same on all processes."""
+        meet("prepare the run's folder")
         return broadcast_json(read_summary(self.path / BEST_EVAL).get("epoch") if self.path and rank() == 0 else None)
 
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:

@@ -9,18 +9,16 @@ from types import FrameType
 
 import torch
 
+from process.waiting import EXIT_SIGNAL, STOP_SIGNALS, note_signal
 from utils import all_reduce_max
 
 logger = logging.getLogger(__name__)
-
-# SLURM can be told to send SIGUSR1 some time before the end (sbatch --signal).
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Set by a signal, looked at by the training loop: a handler only raises a flag.
+    """Set by a signal, looked at by the training loop and by waits for other processes: a handler only raises a flag.
 
     A second Ctrl-C ends the process at once, without saving.
     """
@@ -34,18 +32,25 @@ class StopRequest:
 
     def install(self) -> None:
         """Handle `STOP_SIGNALS` in this process; call it in the main thread."""
+        note_signal(None)
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def remove(self) -> None:
         """Let signals end this process at once again."""
+        note_signal(None)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            os._exit(130)
-        self.signal_name = signal.Signals(number).name
+            os._exit(EXIT_SIGNAL + number)
+        self.note(signal.Signals(number).name)
+
+    def note(self, name: str) -> None:
+        """Take ``name`` for the reason to stop."""
+        self.signal_name = name
+        note_signal(name)
 
 
 def agree_to_stop(stop: StopRequest) -> bool:

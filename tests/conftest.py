@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.drawn import ROOT, draw_coco
-from runtime.signals import STOP_SIGNALS
+from process.waiting import STOP_SIGNALS
 
 torch.set_num_threads(1)
 

@@ -17,10 +17,10 @@ from faults.jobs import lives, loading_processes
 from helpers.drawn import ROOT
 from helpers.runs import QUICK, run
 from loading import loaders
+from process.joining import _name_attempt
 from runtime import machine
 from runtime.machine import HangWatch, check_shared_memory, explain_failure
 from runtime.trackers import Tracker
-from utils import _name_attempt
 
 pytestmark = pytest.mark.usefixtures("restore_process")
 

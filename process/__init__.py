@@ -1,0 +1,5 @@
+"""One process among others: how it meets them, how it waits, and how a signal ends it.
+
+Open first: ``waiting.py``. It knows nothing of models and data. What a training does with a wish to stop is in
+``runtime/``.
+"""
