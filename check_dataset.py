@@ -6,8 +6,12 @@
 The flags are those of train.py. Errors are those that training would stop at; exit code 0 means that it may start.
 """
 
-import argparse
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
+import argparse
 import sys
 from pathlib import Path
 
@@ -109,6 +113,8 @@ def main(args: argparse.Namespace) -> int:
             Path(args.output_dir), data.train, built[1], args.view, preset=args.data_augmentation, seed=args.seed
         )
         print(f"samples as annotated: {paths[0]}; as {args.data_augmentation} augments them: {paths[1]}")
+    elif args.view:
+        print("--view: no samples are drawn where training would stop at errors; mend them, or --on-bad-data skip")
     return 1 if trial.errors else 0
 
 
@@ -144,9 +150,8 @@ def run(argv: list[str] | None = None) -> int:
     check_data_args(parser, args)
     if args.view < 0:
         parser.error(f"--view {args.view}: must not be negative")
-    return run_command(parser.prog, main, args)
+    return run_command("check_dataset.py", main, args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     sys.exit(run())

@@ -7,11 +7,15 @@ A paired bootstrap over images from the matches that a run keeps of its best and
 (matches_<kind>.npz); no model, image or annotation file is read.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import dataclasses
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ import numpy as np
 from evaluation.bootstrap import LEVEL, RESAMPLED, RESAMPLES, SEED, Difference, compare_figure, draw_weights, resample
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.eval_result import SavedMatches
+from files import write_aside
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, read_summary
 from utils import HelpFormatter, run_command
 
@@ -133,19 +138,25 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"the runs have no kind of score in common: {', '.join(first)} and {', '.join(second)}")
     for kind in kinds:
         check_comparable(first[kind], second[kind], kind)
-    print(f"first:  {format_evaluation(folders[0])}\nsecond: {format_evaluation(folders[1])}")
+    lines = [f"first:  {format_evaluation(folders[0])}\nsecond: {format_evaluation(folders[1])}"]
     content: dict[str, Any] = {}
     for kind in kinds:
         figures, per_class = compare_matches(first[kind], second[kind], args.resamples, args.seed)
-        print(f"\n{SCORE_KINDS[kind].title}, {len(first[kind].image_ids)} images, resampled {args.resamples} times")
-        print(format_differences("figure", figures))
+        lines.append(
+            f"\n{SCORE_KINDS[kind].title}, {len(first[kind].image_ids)} images, resampled {args.resamples} times"
+        )
+        lines.append(format_differences("figure", figures))
         if len(per_class) > 1:
-            print(format_differences("AP of class", per_class))
+            lines.append(format_differences("AP of class", per_class))
         plain = {name: dataclasses.asdict(row) for name, row in figures.items()}
         content[kind] = {**plain, "per_class": {name: dataclasses.asdict(row) for name, row in per_class.items()}}
-    print(f"\n* the interval leaves out 0: more than the choice of images explains (with {LEVEL:.0%} confidence)")
-    if args.json:
-        Path(args.json).write_text(json.dumps(content, indent=1))
+    lines.append(
+        f"\n* the interval leaves out 0: more than the choice of images explains (with {LEVEL:.0%} confidence)"
+    )
+    if args.json:  # before anything is printed: a closed pipe ends the command there
+        with write_aside(Path(args.json)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+    print("\n".join(lines))
     return 0
 
 
@@ -163,5 +174,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     sys.exit(run())

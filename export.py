@@ -7,10 +7,16 @@ The exported model takes one picture, float32 [3, H, W], RGB in 0..1, of any siz
 PyTorch model by name. The file is run on pictures before it gets its name: where it disagrees, there is no file.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import contextlib
 import copy
 import importlib
+import io
 import json
 import logging
 import math
@@ -185,7 +191,9 @@ def need(*names: str) -> Any:
 def write_torchscript(model: OnePicture, path: Path, metadata: dict[str, Any]) -> None:
     """Script the model and write it, with ``metadata.json`` inside."""
     scripted = torch.jit.script(model)
-    torch.jit.save(scripted, str(path), _extra_files={"metadata.json": json.dumps(metadata)})
+    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
+    torch.jit.save(scripted, content, _extra_files={"metadata.json": json.dumps(metadata)})
+    path.write_bytes(content.getbuffer())
 
 
 def run_torchscript(path: Path) -> Runner:
@@ -213,7 +221,7 @@ def write_onnx(model: OnePicture, path: Path, metadata: dict[str, Any], example:
     )
     content = onnx.load(str(path))
     onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in metadata.items()})
-    onnx.save(content, str(path))
+    path.write_bytes(content.SerializeToString())
 
 
 def run_onnx(path: Path, names: list[str]) -> Runner:
@@ -322,7 +330,7 @@ def main(args: argparse.Namespace) -> int:
 def run(argv: list[str] | None = None) -> int:
     """Parse flags and run `main`; expected errors become one line and exit code 1."""
     args = get_args_parser().parse_args(argv)
-    return run_command("export.py", main, args, aftermath="; nothing was written")
+    return run_command("export.py", main, args, aftermath="; nothing was written", stopped="; nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Files that are read and written with care: whole or not at all, and without running what is in them."""
 
 import contextlib
+import errno
 import os
+import re
 import uuid
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,13 +29,44 @@ def write_aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        if durable:
-            sync_to_disk(temporary)
-        temporary.replace(path)
+        with naming(path, temporary):
+            yield temporary
+            if durable:
+                sync_to_disk(temporary)
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let an error of the system in the block name ``path`` where it names no file, or the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or (temporary is not None and str(error.filename) == str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_torch_file(content: Any, file: IO[bytes]) -> None:
+    """Write what ``torch.save`` can write to an open file.
+
+    Raises:
+        OSError: The disk is full; torch's own writer would hide it in a RuntimeError.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        if "unexpected pos" in str(error) or "write" in str(error).lower():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def sync_to_disk(path: Path) -> None:
@@ -60,7 +94,70 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            text = "it holds pickled Python objects, which are not loaded because they can run code"
+        text = _foreign_content(path) or (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in text or "Unsupported" in text or text.startswith("Weights only"):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            text = f"it holds pickled Python objects{f' ({named[1]})' if named else ''}, which are not loaded because "
+            text += "they can run code; of a model of your own save the weights alone, model.state_dict()"
         raise ValueError(f"{path}: not a readable checkpoint: {text}") from None
+
+
+# How files begin that are given for checkpoints by mistake.
+_BEGINNINGS = {
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"GIF8": "a picture (GIF)",
+    b"BM": "a picture (BMP)",
+    b"II*\0": "a picture (TIFF)",
+    b"MM\0*": "a picture (TIFF)",
+    b"\x89HDF": "an HDF5 file, as Keras writes; it holds no weights of torch",
+    b"\x1f\x8b": "packed with gzip; unpack it first",
+    b"%PDF": "a PDF document",
+    b"version https://git-lfs": "a git LFS pointer, not the file that it stands for; `git lfs pull` brings that",
+}
+
+
+def _foreign_content(path: Path) -> str | None:
+    """Say what a file is that torch cannot have written, by its content; None where that is not clear."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return "a folder, expected a file" if isinstance(error, IsADirectoryError) else error.strerror
+    if not size:
+        return "the file is empty; copy or load it again"
+    if not head.strip(b"\0"):
+        return "it begins with nothing but zeros; copy or load it again"
+    for start, what in _BEGINNINGS.items():
+        if head.startswith(start):
+            return what
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<body")):
+        return "a web page, not the file itself; open its address in a browser, and load the file that the page offers"
+    if text.startswith((b"{", b"[")):
+        return "JSON text, as annotation files are"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return "a safetensors file; load it with safetensors and write its weights with torch.save"
+    if head.startswith(b"PK"):
+        return _foreign_archive(path)
+    with contextlib.suppress(UnicodeDecodeError):
+        if head[:400].decode().isprintable() or b"\n" in head:
+            return "a text file"
+    return None
+
+
+def _foreign_archive(path: Path) -> str | None:
+    """Say what a zip archive holds where it is none of ``torch.save``; None where it may be one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return "it is cut off or damaged; copy or load it again"
+    if any("/code/" in f"/{name}" for name in names):
+        return "a TorchScript model, as export.py writes; give the checkpoint that it was made from"
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)"
+    if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        return f"a zip archive of {len(names)} file(s), {', '.join(names[:2]) or 'none'}; unpack it first"
+    return None

@@ -7,18 +7,22 @@ The checkpoint knows model, classes, keypoints and sizes. Written are pictures w
 ``predictions.json`` (COCO results), ``images.json`` (which image id is which file) and ``predictions.csv``.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import csv
 import datetime
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,10 +47,11 @@ from inference.picture_ids import ids_from_file
 from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
+from process.waiting import EXIT_SIGNAL
 from report.drawing import draw_objects, save_picture
 from report.drawn_objects import drawn_detections
 from runtime.signals import StopRequest
-from utils import HelpFormatter, choose_device, run_command, versions
+from utils import HelpFormatter, choose_device, describe_error, run_command, versions
 
 logger = logging.getLogger("predict")
 
@@ -55,9 +60,6 @@ DEFAULT_SCORE_THRESHOLD = 0.5
 
 # Everything readable was predicted, but some files were not readable.
 EXIT_SOME_SKIPPED = 4
-
-# A shell's code for a command that a signal ended: 130 for Ctrl-C.
-EXIT_SIGNAL = 128
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -111,8 +113,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--workers {args.workers}: expected 0 or more")
 
 
-def make_output_dir(given: str | None) -> Path:
-    """Create and return the folder for results.
+@contextmanager
+def new_output_dir(given: str | None) -> Iterator[Path]:
+    """Create the folder for results; it goes when nothing comes into it.
 
     Raises:
         ValueError: It holds something already: results of two runs are never mixed.
@@ -120,8 +123,14 @@ def make_output_dir(given: str | None) -> Path:
     folder = Path(given or f"runs/predict-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output-dir {folder}: expected a new or empty folder, it is not; choose another")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        yield folder
+    finally:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # removes an empty one only
 
 
 @contextmanager
@@ -180,6 +189,19 @@ def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> Non
     save_picture(draw_objects(prediction.image, drawn, detector.skeleton, keypoint_names=True), path)
 
 
+def finish_drawing(drawing: list[tuple[Record, Future[None]]]) -> OSError | None:
+    """Wait for pictures to be written; returns the first error, and takes those with one from their entries."""
+    failure = None
+    for entry, future in drawing:
+        error = future.exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        if error is not None:
+            failure = failure or error
+            del entry["overlay"]
+    return failure
+
+
 def run_to_plain(
     args: argparse.Namespace,
     detector: Detector,
@@ -223,7 +245,6 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     if files.left_out:
         logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
-    output_dir = make_output_dir(args.output_dir)
     detector = settle_brightness(detector, paths, args.workers or 1)
 
     iou_types, category_texts = detector.spec.iou_types, dict(detector.label_map.id_texts)
@@ -231,7 +252,9 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     images: list[Record] = []
     bad: list[Record] = []
     num_found, separator = 0, "["
+    failure: OSError | None = None
     with (
+        new_output_dir(args.output_dir) as output_dir,
         whole_file(output_dir / "predictions.json") as results_file,
         whole_file(output_dir / "predictions.csv") as csv_file,
         ThreadPoolExecutor(max(1, args.workers)) as pool,
@@ -239,7 +262,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     ):
         table = csv.writer(csv_file)
         table.writerow(csv_header(detector))
-        drawing: list[Future[None]] = []
+        drawing: list[tuple[Record, Future[None]]] = []
         for batch in predict_files(
             detector,
             paths,
@@ -252,15 +275,17 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 stop.install()  # before there is a result a signal ends the command at once
                 if args.overlays:
                     (output_dir / "overlays").mkdir(exist_ok=True)
-            for future in drawing:  # of the batch before: no more than two batches are in memory
-                future.result()
+            failure = finish_drawing(drawing)  # of the batch before: no more than two batches are in memory
+            if failure is not None:
+                break
             drawing = []
             for result in batch:
                 path, image_id = paths[result.index], ids[result.index]
                 bar.update()
                 if isinstance(result, BadFile):
                     shown = str(path) if is_text(str(path)) else ascii(str(path))
-                    bar.write(f"skipped: {shown}: {result.reason}", file=sys.stderr)
+                    with suppress(BrokenPipeError):  # images.json says it too
+                        bar.write(f"skipped: {shown}: {result.reason}", file=sys.stderr)
                     bad.append({"id": image_id, "file_name": str(path), "reason": result.reason})
                     continue
                 height, width = result.image.shape[-2:]
@@ -268,7 +293,8 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 if args.overlays:
                     stem = path.stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
                     entry["overlay"] = f"overlays/{result.index + 1:0{digits}d}_{stem}.jpg"
-                    drawing.append(pool.submit(write_overlay, result, detector, output_dir / str(entry["overlay"])))
+                    overlay = output_dir / str(entry["overlay"])
+                    drawing.append((entry, pool.submit(write_overlay, result, detector, overlay)))
                 images.append(entry)
                 for record in records_of(image_id, (height, width), result.detections, iou_types, category_texts):
                     results_file.write(separator + json.dumps(record))
@@ -277,15 +303,18 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 num_found += len(result.detections)
             if stop:
                 break
-        for future in drawing:
-            future.result()
+        failure = failure or finish_drawing(drawing)
         results_file.write("]\n" if separator != "[" else "[]\n")
-    bad.sort(key=lambda entry: ids.index(entry["id"]))
+    position = {id_: n for n, id_ in enumerate(ids)}
+    bad.sort(key=lambda entry: position[entry["id"]])
     done = {entry["id"] for entry in images + bad}
     not_reached = [{"id": id_, "file_name": str(path)} for id_, path in zip(ids, paths) if id_ not in done]
     with whole_file(output_dir / "images.json") as file:
         content = run_to_plain(args, detector, threshold, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)
+    if failure is not None:
+        found = f"{num_found} objects in {len(images)} pictures, found until then, are in {output_dir}"
+        raise ValueError(f"{describe_error(failure)}; {found}")
     if stop.signal_name is not None:
         print(
             f"predict.py: stopped by {stop.signal_name}: {len(done)} of {len(paths)} files are done; "
@@ -309,10 +338,7 @@ def run(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such files are refused, with a line of ours
     stop = StopRequest()
     try:
-        return run_command("predict.py", lambda args: main(args, stop), args)
-    except KeyboardInterrupt:
-        print("predict.py: stopped before anything was found", file=sys.stderr)
-        return EXIT_SIGNAL + signal.SIGINT
+        return run_command("predict.py", lambda args: main(args, stop), args, stopped=" before anything was found")
     finally:
         stop.remove()
 

@@ -6,10 +6,14 @@
 Kinds of score are those that the results have entries for, unless --iou-types says otherwise.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import json
 import logging
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,6 +33,7 @@ from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.foreign_ids import find_foreign_ids
 from evaluation.results_files import detections_of_results, encode_masks, read_results
+from files import write_aside
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("score")
@@ -177,14 +182,15 @@ def main(args: argparse.Namespace) -> int:
             annotations.own_id(int(annotations.image_ids[foreign.fits])),
         )
     report = build_analysis(result)
-    print(format_summary(result))
-    print(format_classes(result, report, iou_types[0]))
     intervals = metric_intervals(result)
-    print(format_intervals(intervals))
-    if args.json:
+    if args.json:  # before anything is printed: a closed pipe ends the command there
         content = {**result.metrics, "per_class": result.per_class, "intervals": intervals}
         content |= {"settings": result.settings, **report.to_plain()}
-        Path(args.json).write_text(json.dumps(content, indent=1))
+        with write_aside(Path(args.json)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+    print(format_summary(result))
+    print(format_classes(result, report, iou_types[0]))
+    print(format_intervals(intervals))
     return 0
 
 
@@ -201,5 +207,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     sys.exit(run())

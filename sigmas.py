@@ -8,6 +8,11 @@ After a run, keypoint AP against sigmas times 0.25 to 4, from saved detections:
     python sigmas.py curve --ground-truth truth.json --predictions predictions_keypoints.json --kpt-oks-sigmas 0.05
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import logging
 import sys

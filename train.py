@@ -10,13 +10,17 @@ Only evaluate; the checkpoint knows its model:
     python train.py --dataset coco --data-path /data/coco --test-only --resume runs/first/weights/best.pth
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
+
 import argparse
 import contextlib
 import datetime
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,7 +55,7 @@ from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
 from process.joining import launched_ranks
-from process.waiting import Stopped
+from process.waiting import Stopped, note_signal
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint
 from runtime.machine import explain_failure, prepare_process
@@ -73,6 +77,7 @@ from utils import (
     init_distributed,
     main_process_first,
     meet,
+    print_error,
     rank,
     seed_torch,
     setup_logging,
@@ -385,19 +390,20 @@ def run(argv: list[str] | None = None) -> int:
         logger.error("%s", error)
         return EXIT_BAD_LOSS
     except SetUpError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print_error(f"{parser.prog}: error: {error}")
         return 1
     except Stopped as stopped:
-        print(f"{parser.prog}: {stopped}; nothing was trained", file=sys.stderr)
+        print_error(f"{parser.prog}: {stopped}; nothing was trained")
         is_given_up = True
         return 0
     except Exception as error:
         explained = explain_failure(error)
         if explained is None:
             raise
-        print(f"{parser.prog}: error: {explained}", file=sys.stderr)
+        print_error(f"{parser.prog}: error: {explained}")
         return 1
     finally:
+        note_signal(None)
         if not is_given_up:  # leaving the group would be one more wait for the others
             shut_down_distributed()
 

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from process.joining import join_group, launched_ranks
+from process.log_lines import LinesAboveBars, LogFile, close_stdout
 from process.waiting import EXIT_SIGNAL, Stopped, signals_raise, wait_until
 
 logger = logging.getLogger(__name__)
@@ -60,43 +60,6 @@ class Distributed:
         return self.rank == 0
 
 
-class _LinesAboveBars(logging.StreamHandler):
-    """Writes lines above a progress bar, if there is one, and as they are otherwise.
-
-    Args:
-        stream: Where to.
-        on_lost: Called with the error when the stream takes no more lines: a closed pipe, a full disk.
-    """
-
-    def __init__(self, stream: TextIO, on_lost: Callable[[OSError], None]) -> None:
-        super().__init__(stream)
-        self.on_lost = on_lost
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=self.stream)
-            self.flush()
-        except OSError as error:
-            close_stdout()
-            self.on_lost(error)
-        except Exception:
-            self.handleError(record)
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that says once, in one line, that its disk takes no more."""
-
-    lost = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self.lost:
-            self.lost = True
-            print(f"{self.baseFilename}: {error.strerror}; lines are missing from here on", file=sys.stderr)
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to each flag's help, unless it is None, False or an empty text, which say nothing."""
 
@@ -117,7 +80,7 @@ def setup_logging(is_main: bool, on_lost: Callable[[OSError], None] = _raise) ->
         is_main: Whether this is the first process.
         on_lost: Called with the error when stdout takes no more: a closed pipe, a full disk; by default it is raised.
     """
-    handler = _LinesAboveBars(sys.stdout, on_lost)
+    handler = LinesAboveBars(sys.stdout, on_lost)
     prefix = "" if is_main else f"[rank {launched_ranks()[0]}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     # What is said before the run has a folder waits here for its log file.
@@ -128,7 +91,7 @@ def setup_logging(is_main: bool, on_lost: Callable[[OSError], None] = _raise) ->
 def log_to_file(path: Path) -> None:
     """Write all that was and will be logged by this process at the end of a file, with the time of every line."""
     root = logging.getLogger()
-    file = _LogFile(path, encoding="utf-8")
+    file = LogFile(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     for handler in root.handlers[:]:
         if isinstance(handler, logging.handlers.MemoryHandler):
@@ -142,8 +105,8 @@ def log_to_file(path: Path) -> None:
 def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermath: str = "", stopped: str = "") -> int:
     """Return the exit code of ``main(args)``: every end but that of a bug is one line on stderr and a code.
 
-    An expected error gives 1. SIGINT and SIGTERM give 130 and 143, after what was half written is removed, and a closed
-    pipe, as with ``| head``, ends the command without a word and with 141.
+    An expected error gives 1. SIGINT and SIGTERM give 130 and 143, after what was half written is removed. A closed
+    pipe, as with ``| head``, gives 141 without a word; where only log lines went into it the work is done first.
 
     Args:
         program: Name of the command, at the start of that line.
@@ -152,15 +115,22 @@ def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermat
         aftermath: What the line adds after an error, such as that nothing was written.
         stopped: What it adds after a signal.
     """
-    setup_logging(is_main=True)
+    cut_off: list[OSError] = []
+
+    def note_cut_off(error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            raise error
+        cut_off.append(error)
+
+    setup_logging(is_main=True, on_lost=note_cut_off)
     try:
         with signals_raise():
             code = main(args)
             sys.stdout.flush()
-            return code
+            return code or (EXIT_SIGNAL + signal.SIGPIPE if cut_off else 0)
     except Stopped as stop:
         close_stdout()  # what was not printed until now is not wanted
-        print(f"{program}: {stop}{stopped}", file=sys.stderr)
+        print_error(f"{program}: {stop}{stopped}")
         return stop.exit_code
     except BrokenPipeError:
         close_stdout()
@@ -168,18 +138,16 @@ def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermat
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"{program}: error: {describe_error(error)}{aftermath}", file=sys.stderr)
+        print_error(f"{program}: error: {describe_error(error)}{aftermath}")
         if isinstance(error, OSError):
             close_stdout()
         return 1
 
 
-def close_stdout() -> None:
-    """Let what is still to be printed vanish: nobody reads it, or its disk is full."""
-    with contextlib.suppress(OSError, ValueError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
+def print_error(text: str) -> None:
+    """Print a line to stderr; where nobody reads it the exit code alone must do."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def describe_error(error: BaseException) -> str:

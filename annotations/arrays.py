@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from annotations.findings import Finding
-from files import write_aside
+from files import write_aside, write_torch_file
 from process.waiting import WaitError, wait_until
 from utils import sha256_of_file
 
@@ -177,7 +177,7 @@ def save_annotations(annotations: Annotations, path: Path) -> None:
     plain = {name: getattr(annotations, name) for name in _PLAIN}
     plain["warnings"] = [dataclasses.asdict(finding) for finding in annotations.warnings]
     with write_aside(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": CACHE_FORMAT, "arrays": content, "plain": json.dumps(plain)}, file)
+        write_torch_file({"format": CACHE_FORMAT, "arrays": content, "plain": json.dumps(plain)}, file)
 
 
 def load_annotations(path: str | Path) -> Annotations:

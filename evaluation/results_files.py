@@ -1,5 +1,6 @@
 """Detections as COCO results files: each process streams its shard, the first one joins them."""
 
+import contextlib
 import heapq
 import json
 import logging
@@ -9,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
 from annotations.arrays import Annotations
 from annotations.findings import BadDataError, Finding, Findings
@@ -18,9 +20,9 @@ from annotations.segmentations import check_segmentations, rle_of
 from coco_utils import read_json
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.detections import Detections
-from files import write_aside
+from files import naming, write_aside
 from pixels.masks import MaskBlock, counts_of_block
-from utils import barrier, rank, world_size
+from utils import all_reduce_max, barrier, describe_error, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class PredictionWriter:
     ) -> None:
         self.folder, self.sizes, self.id_texts = folder, sizes, dict(id_texts)
         self.order = {image_id: position for position, image_id in enumerate(sizes)}
+        self.has_failed = False
         folder.mkdir(parents=True, exist_ok=True)
         self.shards = {t: self._shard(t, rank()).open("w") for t in iou_types}
 
@@ -92,23 +95,44 @@ class PredictionWriter:
         return self.folder / f"predictions_{iou_type}.{of_rank}.tmp"
 
     def add(self, image_ids: Sequence[int], batch: Sequence[Detections]) -> None:
-        """Append a batch to this process's shards."""
-        for image_id, detections in zip(image_ids, batch):
-            for iou_type, shard in self.shards.items():
-                own_id = self.id_texts.get(image_id, image_id)
-                records = results_of(own_id, self.sizes[image_id], detections, iou_type, self.id_texts)
-                shard.write(json.dumps([self.order[image_id], records]) + "\n")
+        """Append a batch to this process's shards; a full disk costs the predictions, not the evaluation."""
+        with self._disk_error_noted():
+            for image_id, detections in zip(image_ids, batch):
+                for iou_type, shard in self.shards.items() if not self.has_failed else ():
+                    own_id = self.id_texts.get(image_id, image_id)
+                    records = results_of(own_id, self.sizes[image_id], detections, iou_type, self.id_texts)
+                    shard.write(json.dumps([self.order[image_id], records]) + "\n")
+
+    @contextlib.contextmanager
+    def _disk_error_noted(self) -> Iterator[None]:
+        try:
+            with naming(self.folder):
+                yield
+        except OSError as error:
+            if not self.has_failed:
+                logger.error("no predictions are written: %s", describe_error(error))
+            self.has_failed = True
+
+    def abandon(self) -> None:
+        """Throw this process's shards away, whatever the others do: an error ends the evaluation."""
+        for iou_type, shard in self.shards.items():
+            with contextlib.suppress(OSError):
+                shard.close()
+            self._shard(iou_type, rank()).unlink(missing_ok=True)
 
     def close(self, keep: bool = True) -> None:
         """Join all shards on the first process, or throw them away; all processes must call it."""
-        for iou_type, shard in self.shards.items():
-            shard.close()
-            if not keep:
-                self._shard(iou_type, rank()).unlink()
-        barrier()
-        if rank() == 0 and keep:
+        for shard in self.shards.values():
+            with self._disk_error_noted():
+                shard.close()
+        has_failed = bool(all_reduce_max(torch.tensor([float(self.has_failed)])))
+        if rank() == 0 and keep and not has_failed:
             for iou_type in self.shards:
-                self._join(iou_type)
+                with self._disk_error_noted():
+                    self._join(iou_type)
+        barrier()
+        for iou_type in self.shards:
+            self._shard(iou_type, rank()).unlink(missing_ok=True)
         barrier()
 
     def _join(self, iou_type: str) -> None:
@@ -124,8 +148,6 @@ class PredictionWriter:
                     file.write(separator + json.dumps(record))
                     separator = ",\n"
             file.write("]\n" if separator != "[" else "[]\n")
-        for path in paths:
-            path.unlink()
 
 
 def _read_lines(path: Path) -> Iterator[Any]:

@@ -67,6 +67,8 @@ def find_weights(name: str, enum: type[WeightsEnum], flag: str) -> WeightsSource
         return WeightsSource(entry=enum[entry])
     if Path(name).is_file():
         return WeightsSource(path=Path(name))
+    if Path(name).is_dir():
+        raise ValueError(f"{flag} {name}: a folder, expected a file, such as {Path(name) / 'weights' / 'best.pth'}")
     known = ", ".join(f"{enum.__name__}.{member}" for member in enum.__members__)
     if "://" in name:
         raise ValueError(f"{flag} {name}: URLs are not fetched; download the file and give its path, or one of {known}")
@@ -96,7 +98,9 @@ def read_weights(source: WeightsSource) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content.get("model_ema", content["model"])  # the average is what the checkpoint's scores are of
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{source.path}: expected a state dict or a checkpoint with a state dict under 'model'")
+        found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        expected = "expected a state dict or a checkpoint with a state dict under 'model'"
+        raise ValueError(f"{source.path}: {expected}, found {found or 'nothing'}")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
@@ -164,7 +168,9 @@ def load_backbone(model: nn.Module, backbone: Backbone, source: WeightsSource) -
     keys = backbone_keys(model, backbone)
     for theirs, ours in keys.items():
         if theirs not in state:
-            raise ValueError(f"{source}: not weights of {backbone.name}: {theirs!r} is missing")
+            is_detector = any(key.startswith("backbone.") for key in state)
+            hint = "; --weights takes those of a whole detector" if is_detector else ""
+            raise ValueError(f"{source}: not weights of {backbone.name}: {theirs!r} is missing{hint}")
         if state[theirs].shape != target[ours].shape:
             shapes = f"{theirs!r} has shape {list(state[theirs].shape)}, expected {list(target[ours].shape)}"
             raise ValueError(f"{source}: not weights of {backbone.name}: {shapes}")
@@ -188,9 +194,11 @@ def load_model_weights(model: nn.Module, state: dict[str, Tensor], source: Weigh
     unexpected = [key for key in state if key not in target and not key.endswith("num_batches_tracked")]
     foreign = [key for key in (*missing, *other_shape, *unexpected) if not key.startswith(HEADS)]
     if foreign:
+        is_detector = any(key.startswith("backbone.") for key in state)
+        hint = "give the --model that they are of" if is_detector else "--weights-backbone takes those of a classifier"
         raise ValueError(
             f"--weights {source}: these are not weights of {spec.name}: {len(foreign)} entries do not fit, "
-            f"{foreign[0]!r} among them"
+            f"{foreign[0]!r} among them; {hint}"
         )
     fresh = sorted({*missing, *other_shape})
     model.load_state_dict({k: v for k, v in state.items() if k in target and k not in fresh}, strict=False)

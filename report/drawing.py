@@ -4,6 +4,7 @@ Pictures go in and out as uint8 [3, H, W]. Where the objects come from, ground t
 affair.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from annotations.skeleton import Skeleton
+from files import write_aside
 from pixels.masks import MaskBlock
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/);
@@ -293,6 +295,11 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str
     return shortened
 
 
-def save_picture(picture: Tensor, path: Path) -> None:
+def save_picture(picture: Tensor, path: str | Path) -> None:
     """Write a uint8 [3, H, W] picture; the suffix of ``path`` says in which format (.jpg, .png, ...)."""
-    to_pil_image(picture.cpu()).save(path, quality=90)
+    path = Path(path)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    encoded = io.BytesIO()  # Pillow does not notice a disk that is full when it writes the end of a file
+    to_pil_image(picture.cpu()).save(encoded, kind, quality=90)
+    with write_aside(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())

@@ -97,7 +97,11 @@ def _folder_aside(target: Path) -> Iterator[Path]:
     folder = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
 

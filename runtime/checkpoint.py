@@ -5,6 +5,7 @@ temporary file, flushes it to the disk and renames it; its SHA-256 stands beside
 ``torch.load`` does not notice, is found.
 """
 
+import argparse
 import errno
 import fcntl
 import hashlib
@@ -19,7 +20,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from files import read_torch_file, sync_to_disk, write_aside
+from files import read_torch_file, sync_to_disk, write_aside, write_torch_file
 from utils import all_reduce_max, check_same_everywhere, meet, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -69,17 +70,14 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: The disk is full or not writable; the old file is untouched.
     """
-    try:
-        with write_aside(path, durable=True) as temporary:
-            with temporary.open("wb") as file:
-                hashing = _HashingFile(file)
-                torch.save({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
-            digest = hashing.digest.hexdigest()
-            _announce_hash(path, digest)
-        _write_hash(path, digest)
-        sync_to_disk(path.parent)
-    except RuntimeError as error:  # torch's zip writer wraps the OSError of a failed write
-        raise _disk_error(error, path) from error
+    with write_aside(path, durable=True) as temporary:
+        with temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            write_torch_file({"format": CHECKPOINT_FORMAT, **content}, cast("IO[bytes]", hashing))
+        digest = hashing.digest.hexdigest()
+        _announce_hash(path, digest)
+    _write_hash(path, digest)
+    sync_to_disk(path.parent)
 
 
 def _announce_hash(path: Path, digest: str) -> None:
@@ -98,17 +96,6 @@ def _known_digests(path: Path) -> list[str]:
     if not _hash_file(path).exists():
         return []
     return [line.split()[0] for line in _hash_file(path).read_text().splitlines() if line.strip()]
-
-
-def _disk_error(error: RuntimeError, path: Path) -> Exception:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    if "unexpected pos" in str(error) or "write" in str(error).lower():
-        return OSError(errno.ENOSPC, f"cannot write ({error})", str(path))
-    return error
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
@@ -131,18 +118,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, damaged, foreign, of a later format, or holds pickled objects.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint{_near_miss(path)}")
+        what = "a folder, expected a checkpoint" if path.is_dir() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {what}{_near_miss(path)}")
     known = _known_digests(path)
     if known and sha256_of_file(path) not in known:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_hash_file(path).name}")
     try:
-        content = read_torch_file(path)
+        content = read_torch_file(path, (argparse.Namespace,))  # what torchvision's scripts put into theirs
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(content, dict) or "model_spec" not in content:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this suite; start from its weights with --weights {path} instead"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of this suite; {_what_it_is(content, path)}")
     if content.get("format", 0) > CHECKPOINT_FORMAT:
         text = f"its format is {content['format']}, this version reads up to {CHECKPOINT_FORMAT}"
         raise CheckpointError(f"{path}: {text}; update the suite")
@@ -184,8 +170,27 @@ def file_to_resume(resume: str) -> Path:
 
 def _near_miss(path: Path) -> str:
     """Return a hint where the file lies one folder further down."""
-    below = path.parent / "weights" / path.name
-    return f"; did you mean {below}?" if below.is_file() else ""
+    candidates = [path.parent / "weights" / path.name]
+    if path.is_dir():
+        candidates = [folder / name for folder in (path, path / "weights") for name in ("best.pth", NEWEST)]
+    return next((f"; did you mean {below}?" for below in candidates if below.is_file()), "")
+
+
+def _what_it_is(content: Any, path: Path) -> str:
+    """Say what a file of another program is, and which flag takes it."""
+    if not isinstance(content, dict):
+        return f"it holds {type(content).__name__}, no weights"
+    keys = ", ".join(map(str, list(content)[:6])) or "nothing"
+    remedy = f"start from its weights with --weights {path} instead (train.py --model NAME, and --test-only to score)"
+    if isinstance(content.get("model"), dict):
+        whose = "torchvision's scripts" if "args" in content or "lr_scheduler" in content else "another program"
+        return f"{remedy}: it is one of {whose}, with {keys}"
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return f"{remedy}: it is a bare state dict of {len(content)} entries"
+    for key, value in content.items():
+        if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+            return f"its weights are under {key!r}; save those alone with torch.save, for --weights"
+    return f"it holds {keys}, no weights"
 
 
 def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils import describe_error
+
 logger = logging.getLogger(__name__)
 
 # More open files than this help nobody, and some container limits are a billion.
@@ -103,6 +105,8 @@ def explain_failure(error: BaseException) -> str | None:
             f"{lines[0]}: {SHARED_MEMORY} is full ({_free_shared_memory()}); lower --workers, or give the container "
             "more (docker run --shm-size=8g)"
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        return describe_error(error)
     if "ancdata" in text or "Too many open files" in text:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too many open files (limit {soft}, at most {hard}); raise it with ulimit -n, or lower --workers"

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from files import write_aside
 from runtime.checkpoint import CheckpointFolder, lock_folder
 from runtime.trackers import METRICS, Tracker, build_trackers
 from utils import broadcast_json, log_to_file, meet, rank, versions, world_size
@@ -118,7 +119,8 @@ class RunFolder:
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / ARGS).write_text(json.dumps(content, indent=1) + "\n")
+        with write_aside(self.path / ARGS) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def holds_run(folder: Path) -> bool:

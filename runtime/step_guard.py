@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from files import write_aside, write_torch_file
 from optimization.step import StepOptions
 from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.trackers import StepRecord
-from utils import all_reduce_max, rank
+from utils import all_reduce_max, describe_error, rank
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,12 @@ def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: 
     text = f"epoch {record.epoch} step {record.step}: {what}, learning rate {record.lr:.6g}, image ids {ids}"
     if (here or not is_loss) and options.debug_folder is not None:
         path = options.debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}_rank{rank()}.pt"
-        torch.save({"images": record.images, "targets": record.targets, "losses": values}, path)
-        text += f"; the batch is in {path}"
+        try:
+            with write_aside(path) as temporary, temporary.open("wb") as file:
+                write_torch_file({"images": record.images, "targets": record.targets, "losses": values}, file)
+            text += f"; the batch is in {path}"
+        except OSError as error:
+            text += f"; the batch could not be saved ({describe_error(error)})"
     if options.on_nan == "stop" or given_up:
         hint = "lower --lr, lengthen --warmup-iters, or set --clip-grad-norm; --on-nan skip goes on without the batch"
         raise NonFiniteLossError(f"{text}; {hint}")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.checkpoint import write_atomically
+from utils import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,18 @@ class JsonlTracker(Tracker):
 
     def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
         """Add the epoch's line."""
-        append_metrics(self.folder, epoch, averages, {})
+        self._append(epoch, averages, {})
 
     def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
         """Write the epoch's line again, with its scores."""
-        append_metrics(self.folder, epoch, averages, scores)
+        self._append(epoch, averages, scores)
+
+    def _append(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Add the line; a full disk costs it, not the training."""
+        try:
+            append_metrics(self.folder, epoch, averages, scores)
+        except OSError as error:
+            logger.error("no line for epoch %d: %s", epoch, describe_error(error))
 
 
 class TensorBoardTracker(Tracker):
@@ -113,10 +121,13 @@ class TensorBoardTracker(Tracker):
             self._write(kind, scores.get(kind, {}), epoch)
 
     def _write(self, kind: str, values: dict[str, Any], epoch: int) -> None:
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"{kind}/{name}", value, epoch)
-        self.writer.flush()
+        try:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{kind}/{name}", value, epoch)
+            self.writer.flush()
+        except OSError as error:
+            logger.error("no TensorBoard events for epoch %d: %s", epoch, describe_error(error))
 
 
 def build_trackers(folder: Path) -> list[Tracker]:

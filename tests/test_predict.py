@@ -281,7 +281,7 @@ def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
 def test_ctrl_c_before_the_first_picture_is_one_line(monkeypatch, photos, tmp_path, capfd):
     monkeypatch.setattr(predict, "load_detector", lambda path: signal.raise_signal(signal.SIGINT))
     assert run("--checkpoint", "none.pth", photos, "--output-dir", tmp_path / "out") == 130
-    assert capfd.readouterr().err.strip().splitlines()[-1] == "predict.py: stopped before anything was found"
+    assert capfd.readouterr().err.strip().splitlines()[-1] == "predict.py: stopped by SIGINT before anything was found"
 
 
 def test_large_pictures_come_in_smaller_batches(tmp_path):

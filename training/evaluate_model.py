@@ -95,7 +95,11 @@ def evaluate_model(
     if writer is None:
         result = evaluate(model, loader, evaluator, label_map, stop=stop)
     else:
-        result = evaluate(model, loader, evaluator, label_map, stop=stop, on_batch=writer.add)
+        try:
+            result = evaluate(model, loader, evaluator, label_map, stop=stop, on_batch=writer.add)
+        except BaseException:
+            writer.abandon()
+            raise
         writer.close(keep=result is not None)
     if result is None:
         return None

@@ -1,10 +1,13 @@
 """Checkpoints are whole or absent, hashed, and refused in one line when they are not what they should be."""
 
+import argparse
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from helpers.contents import content
 from helpers.drawn import ROOT
+from models.weights import WeightsSource, find_model_weights, read_weights
 from runtime.checkpoint import (
     NEWEST,
     PREVIOUS,
@@ -150,22 +154,44 @@ print(load_checkpoint(Path({str(tmp_path)!r}) / "checkpoint.pth")["progress"]["e
     assert not list(tmp_path.glob("*.tmp"))
 
 
-BROKEN = {
-    "empty": b"",
-    "zeros": bytes(5000),
-    "page": b"<html><body>404</body></html>",
-    "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "text": b"hello",
+def zipped(*names):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return packed.getvalue()
+
+
+# What is given for a checkpoint by mistake, and what the line must say of it.
+FOREIGN = {
+    "empty": (b"", "the file is empty"),
+    "zeros": (bytes(5000), "nothing but zeros"),
+    "page": (b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "`git lfs pull`"),
+    "text": (b"hello", "a text file"),
+    "json": (b'{"images": []}', "JSON text, as annotation files are"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), r"a picture \(PNG\)"),
+    "zip": (
+        zipped("weights/a.pth", "readme.txt"),
+        r"a zip archive of 2 file\(s\), weights/a.pth, readme.txt; unpack it",
+    ),
+    "npz": (zipped("a.npy"), "NumPy arrays"),
+    "torchscript": (zipped("m/data.pkl", "m/code/model.py"), "a TorchScript model"),
+    "cut off": (zipped("a", "b")[:-30], "cut off or damaged"),
+    "safetensors": ((90).to_bytes(8, "little") + b'{"w": 1}' + bytes(90), "a safetensors file"),
+    "keras": (b"\x89HDF\r\n" + bytes(50), "an HDF5 file"),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_refused_in_one_line(tmp_path, name):
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_kinds_are_refused_with_what_they_are(tmp_path, name):
     path = tmp_path / "c.pth"
-    path.write_bytes(BROKEN[name])
-    with pytest.raises(CheckpointError, match=r"c\.pth: not a readable checkpoint") as caught:
-        load_checkpoint(path)
-    assert "\n" not in str(caught.value)
+    content, what = FOREIGN[name]
+    path.write_bytes(content)
+    for read in (load_checkpoint, lambda path: read_weights(WeightsSource(path=path))):
+        with pytest.raises(ValueError, match=rf"c\.pth: not a readable checkpoint: .*{what}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -208,11 +234,43 @@ def test_urls_are_not_fetched(tmp_path):
         open_checkpoint("http://host/a.pth", tmp_path)
 
 
-def test_foreign_and_later_checkpoints_are_named(tmp_path):
+WEIGHTS = {"w": torch.zeros(3)}
+OTHERS = {
+    "torchvision's scripts": (
+        {"model": WEIGHTS, "optimizer": {}, "lr_scheduler": {}, "args": argparse.Namespace(lr=0.1), "epoch": 3},
+        "start from its weights with --weights .*: it is one of torchvision's scripts, with model, optimizer",
+    ),
+    "another program": (
+        {"model": WEIGHTS, "optimizer": {}},
+        "start from its weights with --weights .*: it is one of another program",
+    ),
+    "state dict": (WEIGHTS, "start from its weights with --weights .*: it is a bare state dict of 1 entries"),
+    "deeper": ({"state_dict": WEIGHTS, "epoch": 3}, "its weights are under 'state_dict'; save those alone"),
+    "list": ([1, 2], "it holds list, no weights"),
+    "else": ({"epoch": 3}, "it holds epoch, no weights"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoints_of_other_programs_are_named_with_the_flag_that_takes_them(tmp_path, name):
     path = tmp_path / "c.pth"
-    torch.save({"model": {}, "optimizer": {}}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this suite; start from its weights with --weights"):
+    torch.save(OTHERS[name][0], path)
+    with pytest.raises(CheckpointError, match=f"c.pth: not a checkpoint of this suite; {OTHERS[name][1]}"):
         load_checkpoint(path)
+
+
+def test_a_folder_given_for_a_file_is_named(tmp_path):
+    CheckpointFolder(tmp_path / "weights").save(content())
+    with pytest.raises(
+        CheckpointError, match=r": a folder, expected a checkpoint; did you mean .*weights/checkpoint\.pth\?"
+    ):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="--weights .*: a folder, expected a file"):
+        find_model_weights(str(tmp_path), "fcos_resnet50_fpn")
+
+
+def test_later_checkpoints_are_named(tmp_path):
+    path = tmp_path / "c.pth"
     torch.save({**content(), "format": 99}, path)
     with pytest.raises(CheckpointError, match="its format is 99"):
         load_checkpoint(path)
