@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Detector:
         skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
         score_threshold: That of the best F1 in the evaluation that the checkpoint holds; None without one.
         value_range: Which values were black and white in training, where a channel has more than 8 bits.
+        flags: Those of the training, by name.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Detector:
     skeleton: Skeleton
     score_threshold: float | None = None
     value_range: ValueRange = ValueRange()
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -80,7 +82,7 @@ def load_detector(path: Path) -> Detector:
     # An evaluation in which nothing was found leaves 0, which says nothing.
     threshold = content.get("metrics", {}).get("score_threshold") or None
     value_range = ValueRange.from_plain(known.get("value_range"))
-    return Detector(model.eval(), spec, label_map, skeleton, threshold, value_range)
+    return Detector(model.eval(), spec, label_map, skeleton, threshold, value_range, content.get("args", {}))
 
 
 def settle_brightness(detector: Detector, paths: Sequence[Path], workers: int | None = None) -> Detector:

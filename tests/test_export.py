@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import export
-from helpers.shaken import shaken_checkpoint
-from inference.compare_outputs import Agreement, compare_outputs
+from helpers.drawn import draw_coco
+from helpers.shaken import drawn_images, shaken_checkpoint
+from inference.compare_outputs import Agreement, compare_outputs, pair_detections
 from models.architectures import ARCHITECTURES
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
@@ -62,6 +63,64 @@ def test_equal_detections_agree_in_any_order():
 def test_what_differs_is_refused_and_named(key, position, amount, text):
     with pytest.raises(ValueError, match=f"^a.jpg: .*{text}"):
         compare_outputs(detections(), changed(key, position, amount), Agreement(), "a.jpg")
+
+
+def tied(shift=0.0, second=0.0):
+    """Two results, in each of which one of two overlapping boxes of (nearly) one score is left, and both candidates."""
+    rivals = {
+        "boxes": np.array([[10, 10, 50, 50], [10.3, 10, 50, 50.4], [70, 70, 90, 90]], dtype=np.float32),
+        "labels": np.array([2, 2, 1]),
+        "scores": np.array([0.6, 0.6 + second, 0.3], dtype=np.float32),
+    }
+    first, other = ({name: value[rows] for name, value in rivals.items()} for rows in ([0, 2], [1, 2]))
+    other["boxes"][0, 0] += shift
+    return first, other, lambda: rivals
+
+
+def test_another_choice_among_equal_scores_is_a_near_tie():
+    agreement = Agreement()
+    first, other, candidates = tied()
+    compare_outputs(first, other, agreement, "a.jpg", candidates)
+    assert agreement == Agreement(detections=1, near_ties=1) and "1 others chosen where scores are equal" in str(
+        agreement
+    )
+
+
+@pytest.mark.parametrize("difference", [{"shift": 0.2}, {"shift": -0.2}, {"second": 0.002}, {"second": -0.002}])
+def test_a_wrong_box_or_another_score_is_no_near_tie(difference):
+    first, other, candidates = tied(**difference)
+    with pytest.raises(
+        ValueError, match=r"no partner .*; the one that overlaps it most is 0\.\d+ px and .* of its score away"
+    ):
+        compare_outputs(first, other, Agreement(), "a.jpg", candidates)
+
+
+def test_a_box_that_was_no_candidate_is_no_near_tie():
+    first, other, _ = tied()
+    with pytest.raises(ValueError, match="no partner"):
+        compare_outputs(first, other, Agreement(), "a.jpg", lambda: first)
+
+
+def test_a_detection_that_is_missing_is_no_near_tie():
+    first, other, candidates = tied()
+    fewer = {name: value[1:] for name, value in other.items()}
+    with pytest.raises(
+        ValueError, match="a detection of score 0.6000 has no partner .*none with its label overlaps it"
+    ):
+        compare_outputs(first, fewer, Agreement(), "a.jpg", candidates)
+
+
+@pytest.mark.parametrize("name", [SMALL, "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn"])
+def test_what_is_suppressed_is_among_the_candidates(tmp_path, name):
+    model, _ = rebuild_model(load_checkpoint(shaken_checkpoint(tmp_path / "a.pth", name)))
+    model = export.OnePicture(model.requires_grad_(False)).eval()
+    image = drawn_images(1)[0]
+    kept, candidates = model(image), export.all_candidates(model, image)
+    assert len(candidates["scores"]) > len(kept["scores"]) and "masks" not in candidates
+    # Left as they were.
+    assert all(torch.equal(kept[key], value) for key, value in model(image).items())
+    as_arrays = {key: value.numpy() for key, value in kept.items()}
+    assert (pair_detections(as_arrays, candidates) >= 0).all()
 
 
 def test_a_mask_may_move_by_one_pixel_and_no_more():
@@ -122,6 +181,32 @@ def test_a_file_that_disagrees_is_not_left_behind(checkpoint, tmp_path, monkeypa
     flags = ["--checkpoint", str(checkpoint), "--format", "torchscript", "--output", str(tmp_path / "out" / "a.bin")]
     assert export.run(flags) == 1
     assert "no partner" in capfd.readouterr().err and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_refusal_says_the_largest_differences_of_all_pictures(checkpoint):
+    model = export.OnePicture(rebuild_model(load_checkpoint(checkpoint))[0].requires_grad_(False)).eval()
+    pictures = [(f"{n}.jpg", image) for n, image in enumerate(drawn_images(3))]
+
+    def off(image):
+        found = {key: value.numpy() for key, value in model(image).items()}
+        return {**found, "boxes": found["boxes"] + (0.25 if image is pictures[1][1] else 0.01)}
+
+    text = r"differs on 1 of 3 pictures: 1\.jpg: .*\. All pictures: \d+ detections, boxes within 0\.25 px, .*allowed 0\.1 px"
+    with pytest.raises(ValueError, match=text):
+        export.check_file(model, off, pictures)
+
+
+def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path):
+    root = draw_coco(tmp_path / "coco")
+    flags = {"dataset": "coco", "data_path": str(root), "val_images": None, "val_annotations": None}
+    names = [name for name, _ in export.load_pictures(None, flags)]
+    assert 2 <= len(names) <= 7 and all(name.startswith(str(root / "val2017")) for name in names)
+    custom = tmp_path / "custom"
+    (root / "val2017").rename((custom / "test").parent.mkdir() or custom / "test")
+    found = export.load_pictures(None, {"dataset": "custom", "data_path": str(custom)})
+    assert [name.replace("custom/test", "coco/val2017") for name, _ in found] == names
+    for gone in ({}, flags, {"dataset": "shapes", "data_path": str(root)}):
+        assert export.load_pictures(None, gone)[0][0] == "drawn picture 0"
 
 
 @pytest.mark.slow
