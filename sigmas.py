@@ -26,7 +26,7 @@ from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info
 from evaluation.results_files import detections_of_results, read_results
-from evaluation.sigma_estimation import FEW_OBJECTS, estimate_sigmas, format_card, read_annotator
+from evaluation.sigma_estimation import FEW_OBJECTS, check_independent, estimate_sigmas, format_card, read_annotator
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("sigmas")
@@ -85,6 +85,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def print_estimate(args: argparse.Namespace) -> None:
     """Estimate sigmas and print them with their intervals, and a card."""
     annotators = [read_annotator(Path(path)) for path in args.annotators]
+    check_independent(annotators, args.annotators)
     factor = 0.53 if args.oks_area == "box53" else 1.0
     estimate = estimate_sigmas(annotators, area_factor=factor)
     names = estimate.names or tuple(map(str, range(len(estimate.sigmas))))
@@ -92,6 +93,10 @@ def print_estimate(args: argparse.Namespace) -> None:
     print(f"  {'keypoint':<{width}} {'sigma':>7}   95 % interval     objects")
     for name, sigma, low, high, count in zip(names, estimate.sigmas, estimate.low, estimate.high, estimate.num_objects):
         print(f"  {name:<{width}} {sigma:>7.4f}   {low:.4f} to {high:.4f} {count:>9}")
+    if agreed := [name for name, sigma in zip(names, estimate.sigmas) if sigma == 0]:
+        logger.warning(
+            "nobody differs on %s: a sigma of 0 allows no error at all, give a larger one", ", ".join(agreed)
+        )
     if estimate.num_objects.min() < FEW_OBJECTS:
         few = int(estimate.num_objects.min())
         logger.warning("only %d objects were annotated twice; below %d an estimate says little", few, FEW_OBJECTS)

@@ -127,6 +127,24 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
     return SigmaEstimate(np.sqrt(_mean(spreads)), low, high, num_objects, names)
 
 
+def check_independent(annotators: Sequence[Annotator], names: Sequence[str]) -> None:
+    """Raise ValueError where two annotators say the same to the last digit, which no two people do.
+
+    Args:
+        annotators: Of the same images.
+        names: What the user calls them.
+    """
+    for n, first in enumerate(annotators):
+        for m in range(n + 1, len(annotators)):
+            other = annotators[m]
+            shared = [stem for stem in first.images if stem in other.images and len(first.images[stem][1])]
+            if shared and all(np.array_equal(first.images[stem][1], other.images[stem][1]) for stem in shared):
+                raise ValueError(
+                    f"{names[n]} and {names[m]} have the same keypoints to the last digit on {len(shared)} images of "
+                    "both: the same files, or copies; give annotations that two people made on their own"
+                )
+
+
 def _mean(spreads: np.ndarray) -> np.ndarray:
     """Return the mean over objects without NaN, float64 [K]."""
     known = np.isfinite(spreads)

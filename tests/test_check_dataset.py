@@ -346,6 +346,14 @@ def test_the_sheets_show_as_many_samples_as_wanted(tmp_path, capsys):
                 assert np.asarray(sheet).std() > 10
 
 
+def test_samples_that_are_not_drawn_are_not_missing_in_silence(tmp_path, capsys):
+    root = coco(tmp_path / "data")
+    (root / "annotations" / "instances_train2017.json").write_text("{}")
+    code, text = diagnose(root, MASKS, capsys, "--view", "2", "--output-dir", str(tmp_path / "out"))
+    assert code == 1 and "--view: no samples are drawn where training would stop at errors" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("flags", [BOXES, MASKS, PERSONS], ids=["boxes", "masks", "persons"])
 def test_real_coco_has_no_errors_and_no_false_alarm(tiny_coco, flags, capsys):
     code, text = diagnose(tiny_coco, flags, capsys)

@@ -93,6 +93,28 @@ def test_the_command_reads_folders_and_warns_about_few_objects(tmp_path, capsys)
     assert "nowhere: neither a COCO json nor a folder" in capsys.readouterr().err
 
 
+def test_one_annotator_given_twice_is_refused_and_named(tmp_path, capsys):
+    first, second = annotate(2, 3)
+    for name, annotator in (("one", first), ("two", second), ("copy", first)):
+        write_annotator(tmp_path / name, annotator)
+    one, two, copy = (str(tmp_path / name) for name in ("one", "two", "copy"))
+    for flags in ([one, one], [one, two, copy]):
+        assert sigmas.run(["estimate", *flags]) == 1
+        captured = capsys.readouterr()
+        assert f"{one} and {flags[-1]} have the same keypoints to the last digit on 3 images" in captured.err
+        assert "--kpt-oks-sigmas" not in captured.out
+
+
+def test_a_keypoint_on_which_all_agree_is_named(tmp_path, capsys):
+    first, second = annotate(2, 3)
+    for stem, (_, points) in second.images.items():
+        points[:, 1] = first.images[stem][1][:, 1]
+    for name, annotator in (("one", first), ("two", second)):
+        write_annotator(tmp_path / name, annotator)
+    assert sigmas.run(["estimate", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert "nobody differs on 1: a sigma of 0 allows no error at all" in capsys.readouterr().out
+
+
 def test_annotators_in_coco_files(tmp_path):
     truth, _ = random_case(3, "keypoints", 5)
     (tmp_path / "a.json").write_text(json.dumps(truth))
