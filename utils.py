@@ -248,7 +248,7 @@ def meet(what: str) -> None:
     if dist.is_initialized():
         work = dist.all_reduce(torch.zeros(1), async_op=True)
         limit = COLLECTIVE_TIMEOUT.total_seconds() - 10  # gloo's own end of the wait says nothing
-        advice = "its own log says how far each one is; kill -USR2 prints where it stands"
+        advice = "the log of each one says how far it is, and kill -USR2 makes it print where it stands"
         wait_until(functools.partial(_is_over, work), f"the other processes, which {what}", limit=limit, advice=advice)
 
 
