@@ -6,10 +6,8 @@ import traceback
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-# Processes begin as copies of one server that has imported these: new to each test, and ready in a tenth of a second.
-PRELOADED = ["torch", "torchvision", "torch.distributed", "torch.nn.parallel", "pycocotools.cocoeval", "PIL.Image"]
+from helpers.forked import server_context
 
 
 def _entry(rank, world_size, path, queue, function, args):
@@ -26,8 +24,7 @@ def _entry(rank, world_size, path, queue, function, args):
 
 def run_on_ranks(world_size, function, *args):
     """Return ``function(rank, world_size, *args)`` of every rank; ``function`` is importable."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server_context()
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, f"{folder}/store", queue, function, args)

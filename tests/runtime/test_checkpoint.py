@@ -2,10 +2,12 @@
 
 import argparse
 import io
+import itertools
+import logging
 import os
+import resource
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from helpers.contents import content
-from helpers.drawn import ROOT
+from helpers.forked import Forked
 from models.weights import WeightsSource, find_model_weights, read_weights
 from runtime.checkpoint import (
     NEWEST,
@@ -129,29 +131,25 @@ def test_stale_temporary_files_are_swept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def save_on_a_full_disk(folder):
+    logging.basicConfig(level="INFO")
+    saver = CheckpointFolder(folder)
+    assert saver.save(content(1))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+    assert not saver.save(content(2, size=100000))
+    assert saver.last_save_failed
+
+
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path, caplog):
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(tmp_path):
     """A file-size limit stands in for the full disk: the write fails in the middle of the file."""
-    script = f"""
-import resource, signal, sys, logging
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-logging.basicConfig(level="INFO")
-from pathlib import Path
-from runtime.checkpoint import *
-from helpers.contents import content
-folder = CheckpointFolder(Path({str(tmp_path)!r}))
-assert folder.save(content(1))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
-assert not folder.save(content(2, size=100000))
-assert folder.last_save_failed
-print(load_checkpoint(Path({str(tmp_path)!r}) / "checkpoint.pth")["progress"]["epoch"])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "1"
-    assert "cannot write checkpoint" in done.stderr and "MB free" in done.stderr
-    assert not list(tmp_path.glob("*.tmp"))
+    folder = tmp_path / "weights"
+    process = Forked(tmp_path / "log", save_on_a_full_disk, folder)
+    assert process.wait(120) == 0, process.output()
+    assert load_checkpoint(folder / NEWEST)["progress"]["epoch"] == 1
+    assert "cannot write checkpoint" in process.output() and "MB free" in process.output()
+    assert not list(folder.glob("*.tmp"))
 
 
 def zipped(*names):
@@ -286,25 +284,18 @@ def test_a_missing_file_gets_a_hint(tmp_path):
 @pytest.mark.slow
 def test_a_folder_has_one_writer(tmp_path):
     lock = lock_folder(tmp_path)
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.checkpoint import *; lock_folder(Path({str(tmp_path)!r}))"
-    second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert f"another run (process {os.getpid()}) writes there" in second.stderr
+    second = Forked(tmp_path / "log", lock_folder, tmp_path)
+    assert second.wait(120) == 1
+    assert f"another run (process {os.getpid()}) writes there" in second.output()
     lock.close()
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+    assert Forked(tmp_path / "log", lock_folder, tmp_path).wait(120) == 0
 
 
-SAVE_LOOP = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-from runtime.checkpoint import *
-from helpers.contents import content
-folder = CheckpointFolder(Path({folder!r}))
-print("ready", flush=True)
-step = 0
-while True:
-    step += 1
-    folder.save(content(step, size=200_000), epoch_done=step % 3)
-"""
+def save_without_end(folder):
+    saver = CheckpointFolder(folder)
+    print("ready", flush=True)
+    for step in itertools.count(1):
+        saver.save(content(step, size=200_000), epoch_done=step % 3)
 
 
 @pytest.mark.slow
@@ -312,10 +303,10 @@ def test_no_kill_inside_a_save_loses_the_checkpoint(tmp_path):
     """SIGKILL at random instants of a save loop; the newest must always load. The long run is in tests/faults/matrix.py."""
     lost = 0
     for attempt in range(6):
-        script = SAVE_LOOP.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.3 + 0.041 * attempt)
+        process = Forked(tmp_path / f"log{attempt}", save_without_end, tmp_path)
+        while "ready" not in process.output():
+            time.sleep(0.01)
+        time.sleep(0.1 + 0.041 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
         try:

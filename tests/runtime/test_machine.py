@@ -1,20 +1,21 @@
 """Limits, waiting and signals: nothing hangs without a word, and one process alone opens no port."""
 
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import train
 from faults.jobs import lives, loading_processes
 from helpers.drawn import ROOT
+from helpers.forked import Forked, run_script
 from helpers.runs import QUICK, run
 from loading import loaders
 from process.joining import _name_attempt
@@ -60,14 +61,16 @@ def test_attempts_in_one_store_never_share_a_name():
     assert len(set(names)) == 5
 
 
+def print_raised_limit():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048))
+    machine.prepare_process()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
+
+
 @pytest.mark.slow
-def test_the_limit_of_open_files_is_raised():
-    script = (
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048)); from runtime import machine; "
-        "machine.prepare_process(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout.strip() == "(2048, 2048)", done.stderr
+def test_the_limit_of_open_files_is_raised(tmp_path):
+    process = Forked(tmp_path / "log", print_raised_limit)
+    assert process.wait(120) == 0 and process.output().strip() == "(2048, 2048)"
 
 
 def test_little_shared_memory_is_announced_with_what_to_do(caplog):
@@ -129,7 +132,7 @@ def train_and_disturb(monkeypatch, drawn_coco, disturb):
 
 
 def train_without_loader(root):
-    """Kill the loading process of a run after its first update; returns the exit code. For a process of its own."""
+    """Kill the loading process of a run after its first update. For a process of its own."""
 
     def kill_loader(record):
         if record.updates == 2:
@@ -137,39 +140,38 @@ def train_without_loader(root):
                 os.kill(int(child), signal.SIGKILL)
 
     train.train_one_epoch = tracked(kill_loader)
-    return run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20")
+    train.end_process(run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20"))
 
 
 @pytest.mark.slow
-def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco):
-    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from tests.runtime import test_machine as tests; "
-    script += f"tests.train.end_process(tests.train_without_loader({str(drawn_coco)!r}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 1
-    assert "a loading process has died" in done.stderr and "--workers" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_killed_loading_process_ends_the_run_with_advice(drawn_coco, tmp_path):
+    process = Forked(tmp_path / "log", train_without_loader, drawn_coco)
+    assert process.wait(300) == 1
+    output = process.output()
+    assert "a loading process has died" in output and "--workers" in output
+    assert "Traceback" not in output
+
+
+def end_beside_stuck_loader():
+    """Ends a process whose loading process does not answer."""
+    batches = iter(torch.utils.data.DataLoader(list(range(8)), num_workers=1, persistent_workers=True))
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGSTOP)
+        print("done", child.pid)
+    train.end_process(0)
 
 
 @pytest.mark.slow
-def test_a_finished_run_does_not_wait_for_a_stuck_loading_process():
-    script = f"""
-import multiprocessing, os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, train
-batches = iter(torch.utils.data.DataLoader(list(range(8)), num_workers=1, persistent_workers=True))
-next(batches)
-for child in multiprocessing.active_children():
-    os.kill(child.pid, signal.SIGSTOP)
-print("done", child.pid)
-train.end_process(0)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("done")
-    pid = int(done.stdout.split()[1])
+def test_a_finished_run_does_not_wait_for_a_stuck_loading_process(tmp_path):
+    process = Forked(tmp_path / "log", end_beside_stuck_loader)
+    assert process.wait(60) == 0
+    done, pid = process.output().split()
+    assert done == "done"
     end = time.time() + 5
-    while lives(pid) and time.time() < end:
+    while lives(int(pid)) and time.time() < end:
         time.sleep(0.05)
-    assert not lives(pid)
+    assert not lives(int(pid))
 
 
 @pytest.mark.slow
@@ -179,7 +181,7 @@ def test_a_slow_loading_process_ends_the_run_with_advice(drawn_coco, monkeypatch
 
     def stuck(self, item):
         if item[0] == 1:
-            time.sleep(6)
+            time.sleep(1.5)
         return read(self, item)
 
     monkeypatch.setattr(loaders.DetectionDataset, "__getitem__", stuck)
@@ -219,15 +221,18 @@ def test_other_errors_keep_their_traceback():
     assert explain_failure(KeyError("boxes")) is None
 
 
+def stuck_in_here():
+    machine.HANG_SECONDS = 1
+    watch = HangWatch()
+    watch.alive()
+    time.sleep(60)
+
+
 @pytest.mark.slow
-def test_a_process_without_progress_prints_its_stacks_and_ends():
-    script = (
-        "import time\nfrom runtime import machine\nmachine.HANG_SECONDS = 1\nwatch = machine.HangWatch()\nwatch.alive()\n"
-        "def stuck_in_here():\n    time.sleep(60)\nstuck_in_here()"
-    )
+def test_a_process_without_progress_prints_its_stacks_and_ends(tmp_path):
     begun = time.time()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 1 and "stuck_in_here" in done.stderr and time.time() - begun < 50
+    process = Forked(tmp_path / "log", stuck_in_here)
+    assert process.wait(120) == 1 and "stuck_in_here" in process.output() and time.time() - begun < 50
 
 
 def test_a_watch_that_ended_lets_the_process_be(monkeypatch):
@@ -243,20 +248,17 @@ def test_a_watch_that_ended_lets_the_process_be(monkeypatch):
 def test_loading_processes_outlive_a_signal_to_the_whole_job(drawn_coco, tmp_path, number):
     """A scheduler signals all processes of a job; the checkpoint is written and the run ends with 0."""
     flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--device", "cpu", "--workers", "1"]
-    flags += ["--batch-size", "2", "--epochs", "50", "--eval-every", "0", "--print-freq", "1", "--output-dir", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("Epoch: [0] [2/"):
-            break
+    flags += ["--batch-size", "2", "--epochs", "50", "--eval-every", "0", "--print-freq", "1"]
+    flags += ["--output-dir", tmp_path / "out"]
+    process = Forked(tmp_path / "log", run_script, ROOT / "train.py", *flags)
+    while "Epoch: [0] [2/" not in process.output():
+        assert process.poll() is None
+        time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
     os.killpg(process.pid, number)
-    rest = process.stdout.read()
-    assert process.wait(60) == 0 and "asked to stop: " in rest
-    assert (tmp_path / "weights" / "checkpoint.pth").exists()
+    assert process.wait(60) == 0 and "asked to stop: " in process.output()
+    assert (tmp_path / "out" / "weights" / "checkpoint.pth").exists()
 
 
 @pytest.mark.slow
