@@ -16,7 +16,9 @@ import train
 from annotations.findings import BadDataError
 from custom_dataset import DatasetInfo, read_dataset_info, read_folder
 from helpers.drawn import draw_folder, edit
-from helpers.runs import QUICK, lines, run_train
+from helpers.ranks import run_on_ranks
+from helpers.runs import QUICK, lines, train_on_rank
+from helpers.thin import use_thin_models
 from loading.splits import Source, load_custom_split, load_data
 
 pytestmark = pytest.mark.usefixtures("restore_process")
@@ -373,7 +375,8 @@ def run(root, *flags, model="keypointrcnn_resnet50_fpn", batch=2):
 
 
 @pytest.mark.slow
-def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, capsys):
+def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, capsys, monkeypatch):
+    use_thin_models(monkeypatch)
     root = draw_folder(tmp_path / "custom", num_keypoints=0)
     assert run(root, model="fasterrcnn_mobilenet_v3_large_fpn") == 0
     assert "training on 6 of 6 images" in capsys.readouterr().out
@@ -381,7 +384,8 @@ def test_boxes_alone_train_a_box_model_and_background_images_stay(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_polygons_train_mask_rcnn(tmp_path):
+def test_polygons_train_mask_rcnn(tmp_path, monkeypatch):
+    use_thin_models(monkeypatch)
     root = draw_folder(tmp_path / "custom", num_keypoints=0, polygons=True)
     assert run(root, model="maskrcnn_resnet50_fpn") == 0
     assert "segm" in lines(root / "result")[0]
@@ -404,7 +408,8 @@ def test_three_classes_are_reported_by_name(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_keypoints", [1, 21])
-def test_any_number_of_keypoints_trains_scores_and_repeats_its_score(tmp_path, capsys, num_keypoints):
+def test_any_number_of_keypoints_trains_scores_and_repeats_its_score(tmp_path, capsys, num_keypoints, monkeypatch):
+    use_thin_models(monkeypatch)
     root = draw_folder(tmp_path / "custom", num_images=3, num_keypoints=num_keypoints)
     assert run(root, "--kpt-oks-sigmas", "0.07") == 0
     out = capsys.readouterr().out
@@ -503,30 +508,22 @@ def test_wrong_flip_pairs_are_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_real_photographs_train_on_two_processes_and_repeat_their_score(glue_tubes):
-    """Keypoint R-CNN on the glue tubes through torchrun, at a small size, with a few images for the time."""
+    """A thin keypoint R-CNN on the glue tubes, at a small size, with a few images for the time."""
     for split, keep in (("train", 6), ("test", 4)):
         for path in sorted((glue_tubes / split / "annotations").iterdir())[keep:]:
             path.unlink()
             (glue_tubes / split / "images" / f"{path.stem}.jpg").unlink()
-    flags = [
-        "--dataset",
-        "custom",
-        "--data-path",
-        glue_tubes,
-        "--model",
-        "keypointrcnn_resnet50_fpn",
-        "--device",
-        "cpu",
-    ]
-    flags += ["--min-size", "96", "--max-size", "160", "--workers", "1", "--epochs", "1", "--batch-size", "1"]
-    run_train(*flags, processes=2)
+    flags = ["--dataset", "custom", "--data-path", glue_tubes, "--model", "keypointrcnn_resnet50_fpn"]
+    flags += ["--device", "cpu", "--min-size", "96", "--max-size", "160", "--workers", "1", "--epochs", "1"]
+    flags += ["--batch-size", "1"]
+    assert run_on_ranks(2, train_on_rank, flags, True) == [0, 0]
     result = glue_tubes / "result"
     (line,) = lines(result)
     assert {"bbox", "keypoints", "keypoint_errors"} <= set(line)
     assert line["keypoint_errors"]["all"]["labelled"] > 0
     again = result / "again"
     resume = ["--test-only", "--resume", result / "weights" / "checkpoint.pth", "--output-dir", again]
-    run_train(*flags, *resume)
+    assert run_on_ranks(1, train_on_rank, [*flags, *resume], True) == [0]
     (repeated,) = lines(again)
     assert repeated["bbox"] == line["bbox"] and repeated["keypoints"] == line["keypoints"]
 

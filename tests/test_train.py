@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from helpers.drawn import draw_coco
 from helpers.runs import QUICK, lines, run, run_train, train_once
+from helpers.thin import use_thin_models
 from loading.splits import COCO_NAMES
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
 from training.run_plan import REHEARSED_STEPS, rehearse
@@ -266,7 +267,8 @@ def test_fewer_images_than_a_batch_and_empty_images_train(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["hflip", "lsj", "multiscale", "ssd", "ssdlite"])
-def test_all_presets_train_a_keypoint_model(tmp_path, preset):
+def test_all_presets_train_a_keypoint_model(tmp_path, monkeypatch, preset):
+    use_thin_models(monkeypatch)
     root = draw_coco(tmp_path / "kp", num_images=3, num_keypoints=17)
     assert (
         run(*QUICK, *SMALL, "--dataset", "coco_kp", "--data-path", root, "--model", "keypointrcnn_resnet50_fpn",
@@ -276,7 +278,8 @@ def test_all_presets_train_a_keypoint_model(tmp_path, preset):
 
 
 @pytest.mark.slow
-def test_copy_paste_trains_a_mask_model(drawn_coco):
+def test_copy_paste_trains_a_mask_model(drawn_coco, monkeypatch):
+    use_thin_models(monkeypatch)
     flags = ["--data-augmentation", "lsj", "--use-copypaste", "--output-dir", "", "--eval-every", "0"]
     assert run(*QUICK, *SMALL, "--data-path", drawn_coco, "--batch-size", "3", *flags) == 0
 

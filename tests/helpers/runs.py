@@ -1,12 +1,19 @@
 """The suite as users run it: a script in processes of its own, or train.py in this one."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
 import train
 from helpers.drawn import ROOT
+from helpers.thin import use_thin_models
+from runtime.signals import StopRequest
+from utils import Distributed
 
 
 def run_train(*flags, processes=1, timeout=600, env=None, script="train.py", check=True):
@@ -41,3 +48,15 @@ def lines(output_dir):
 
 def train_once(root, output_dir, *flags, model="ssdlite320_mobilenet_v3_large"):
     assert run(*QUICK, "--data-path", root, "--model", model, "--output-dir", output_dir, *flags) == 0
+
+
+def train_on_rank(rank, world_size, flags, is_thin=False):
+    """Do what the flags say as one of the processes of `run_on_ranks`; returns the exit code."""
+    multiprocessing.set_start_method("fork", force=True)  # for loading processes, as in a command of its own
+    parser = train.get_args_parser()
+    args = parser.parse_args([str(flag) for flag in flags])
+    train.check_args(parser, args)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_thin:
+            use_thin_models(patch)
+        return train.main(args, Distributed(rank, rank, world_size, torch.device("cpu")), StopRequest())

@@ -16,6 +16,7 @@ from evaluation.analysis import score_images
 from evaluation.results_files import read_results, read_results_of_images
 from helpers.drawn import draw_coco
 from helpers.near_truth import KINDS, evaluate_once
+from helpers.thin import use_thin_models
 from loading.splits import Source, load_data
 from report import drawing, page
 from runtime import run_folder
@@ -288,7 +289,8 @@ def test_two_epochs_on_tiny_coco_leave_every_file(tiny_coco, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_epochs_on_glue_tubes_leave_every_file(glue_tubes, tmp_path):
+def test_two_epochs_on_glue_tubes_leave_every_file(glue_tubes, monkeypatch):
+    use_thin_models(monkeypatch)
     for role, kept in (("train", 2), ("test", 3)):
         for kind in ("images", "annotations"):
             for path in sorted((glue_tubes / role / kind).iterdir())[kept:]:

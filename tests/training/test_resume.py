@@ -12,6 +12,7 @@ from group_by_aspect_ratio import GroupedBatchSampler
 from helpers.drawn import draw_coco
 from helpers.ranks import run_on_ranks
 from helpers.runs import QUICK, run, run_train, train_once
+from helpers.thin import use_thin_models
 from models import weights
 from models.acceleration import broadcast_buffers
 from runtime import checkpoint, saved_model
@@ -104,17 +105,16 @@ def test_resuming_is_exact_at_every_point_with_any_workers_and_precision(tmp_pat
     check_cases(draw_coco(tmp_path / "coco", num_images=12), ALL_CASES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lsj", "multiscale"])
-def test_resuming_is_exact_with_presets_that_resize(drawn_coco, preset):
-    # Not smaller: torchvision's RoI pooling infers its strides from the first batch, wrongly from images of 48 pixels.
-    flags = ["--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--min-size", "128", "--max-size", "160"]
+def test_resuming_is_exact_with_presets_that_resize(drawn_coco, monkeypatch, preset):
+    use_thin_models(monkeypatch)
+    flags = ["--model", "fasterrcnn_mobilenet_v3_large_320_fpn", "--min-size", "64", "--max-size", "96"]
     assert run(*flags_of(drawn_coco, 1, 0, "none", preset), *flags, "--lr", "0.001") == 0
 
 
 @pytest.mark.parametrize("task", ["mask", "keypoint"])
-@pytest.mark.slow
-def test_resuming_is_exact_for_masks_and_keypoints(tmp_path, task):
+def test_resuming_is_exact_for_masks_and_keypoints(tmp_path, monkeypatch, task):
+    use_thin_models(monkeypatch)
     root = draw_coco(tmp_path / "coco", num_images=4, num_keypoints=17 if task == "keypoint" else 0)
     flags = ["--model", f"{task}rcnn_resnet50_fpn", "--min-size", "48", "--max-size", "64", "--lr", "0.001"]
     flags += ["--dataset", "coco_kp"] if task == "keypoint" else ["--data-augmentation", "lsj", "--use-copypaste"]
