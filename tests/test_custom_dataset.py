@@ -426,6 +426,8 @@ def test_any_number_of_keypoints_trains_scores_and_repeats_its_score(tmp_path, c
     (repeated,) = lines(again)
     assert repeated["keypoints"] == line["keypoints"] and repeated["bbox"] == line["bbox"]
     assert repeated["keypoint_errors"] == line["keypoint_errors"]
+    written = [(folder / "predictions_keypoints.json").read_bytes() for folder in (root / "result", again)]
+    assert written[0] == written[1] and len(written[0]) > 1000
 
 
 def test_a_wrong_number_of_sigmas_is_refused(tmp_path, capsys):
