@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers.drawn import ROOT, draw_coco
+from helpers.shaken import limit_proposals
 from process.waiting import STOP_SIGNALS
 
 torch.set_num_threads(1)
@@ -51,6 +52,12 @@ def glue_tubes(tmp_path):
 @pytest.fixture
 def drawn_coco(tmp_path):
     return draw_coco(tmp_path / "coco")
+
+
+@pytest.fixture
+def few_proposals(monkeypatch):
+    """R-CNNs look at 50 places instead of 1000."""
+    limit_proposals(monkeypatch)
 
 
 @pytest.fixture

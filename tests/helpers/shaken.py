@@ -1,6 +1,7 @@
 """Checkpoints with random weights that find things, for tests of what comes after the network."""
 
 import torch
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from loading.shapes_dataset import CATEGORIES, KEYPOINT_NAMES, SKELETON, ShapeDrawer, shapes_annotations
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
@@ -30,6 +31,17 @@ def shake(model):
                 parameter.copy_(parameter.mean(dim=(2, 3), keepdim=True).expand_as(parameter))
             elif "kps_score" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def limit_proposals(patch, limit=50):
+    """Let R-CNNs that are built from now on look at fewer places than 1000: their heads take most of the time."""
+    init = RegionProposalNetwork.__init__
+
+    def limited(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self._post_nms_top_n = dict.fromkeys(self._post_nms_top_n, limit)
+
+    patch.setattr(RegionProposalNetwork, "__init__", limited)
 
 
 def shaken_checkpoint(path, name, score_threshold=None, detections_per_img=30):
