@@ -1,6 +1,7 @@
 """Each of the nine models scores the same digits on one and on three processes, and in any workers' hands."""
 
 import multiprocessing
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from coco_eval import CocoEvaluator
 from helpers.ranks import run_on_ranks
-from helpers.shaken import shake
+from helpers.shaken import limit_proposals, shake
 from loading.loaders import build_val_loader
 from loading.splits import Data, Source, Split, load_data
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
@@ -16,7 +17,7 @@ from training.evaluate_model import EvalSetup, evaluate_model
 from utils import Distributed
 
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
-NUM_IMAGES = 5  # not the same number for each of three processes
+NUM_IMAGES = 4  # not the same number for each of three processes
 
 
 def first_images(data):
@@ -26,20 +27,30 @@ def first_images(data):
     return Data(None, few, data.label_map, data.flip_order, data.sigmas)
 
 
-def _score(rank, world_size, root, folder):
+def shaken_model(spec, path):
+    """Build a model once, for all processes that score it."""
+    if not path.exists():
+        torch.manual_seed(0)
+        model = build_model(spec)
+        shake(model)
+        torch.save(model, path)
+    return torch.load(path, weights_only=False, mmap=True)
+
+
+def _score(rank, world_size, root, folder, models):
     """Return every figure of every model, and the bytes of its results files on the first process."""
     multiprocessing.set_start_method("fork", force=True)  # for loading processes, as in a run of its own
     here = Distributed(rank, rank, world_size, torch.device("cpu"))
+    limit_proposals(pytest.MonkeyPatch())  # for good: this process is the test's
     found = {}
     for name in NINE:
         task = ARCHITECTURES[name].task
         source = Source("coco_kp" if task == "keypoint" else "coco", Path(root), cache_dir=Path(folder) / "cache")
         data = first_images(load_data(source, task, test_only=True))
         sizes = {} if name.startswith("ssd") else {"min_size": (96,), "max_size": 160}
-        spec = ModelSpec(name, data.label_map.num_classes, data.num_keypoints if task == "keypoint" else 0, **sizes)
-        torch.manual_seed(0)
-        model = build_model(spec)
-        shake(model)
+        keypoints = data.num_keypoints if task == "keypoint" else 0
+        spec = ModelSpec(name, data.label_map.num_classes, keypoints, detections_per_img=10, **sizes)
+        model = shaken_model(spec, Path(models) / name)
         loader = build_val_loader(data, here, batch_size=1, workers=int(world_size > 1))
         evaluator = CocoEvaluator(data.val.annotations, spec.iou_types, indices=data.val.indices, sigmas=data.sigmas)
         out = Path(folder) / name
@@ -51,10 +62,11 @@ def _score(rank, world_size, root, folder):
 
 @pytest.mark.slow
 def test_nine_models_score_the_same_on_any_number_of_processes(tiny_coco, tmp_path):
-    alone = run_on_ranks(1, _score, tiny_coco, tmp_path / "1")[0]
+    with tempfile.TemporaryDirectory() as models:
+        alone = run_on_ranks(1, _score, tiny_coco, tmp_path / "1", models)[0]
+        ranks = run_on_ranks(3, _score, tiny_coco, tmp_path / "3", models)
     for name, (metrics, _, files) in alone.items():
         assert len(files) == len(metrics) and all(len(text) > 1000 for text in files.values()), name
-    ranks = run_on_ranks(3, _score, tiny_coco, tmp_path / "3")
     for name in NINE:
         assert ranks[0][name] == alone[name], name
         assert all(found[name][:2] == alone[name][:2] for found in ranks), name
