@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from helpers.drawn import draw_coco
-from helpers.runs import QUICK, lines, run, run_train, train_once
+from helpers.ranks import run_on_ranks
+from helpers.runs import QUICK, lines, run, train_on_rank, train_once
 from helpers.thin import use_thin_models
 from loading.splits import COCO_NAMES
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
@@ -352,7 +353,7 @@ def test_one_two_and_three_processes_print_the_same_digits(tiny_coco, tmp_path):
         out = tmp_path / f"{processes}-{batch}"
         flags = ["--device", "cpu", "--test-only", "--resume", path, "--data-path", tiny_coco, "--output-dir", out]
         flags += ["--model", spec.name, "--eval-batch-size", batch, "--workers", processes - 1]
-        run_train(*flags, processes=processes)
+        assert run_on_ranks(processes, train_on_rank, flags) == [0] * processes
         (line,) = lines(out)
         figures[processes, batch] = line["bbox"], line["per_class"]
     assert figures[2, 3] == figures[1, 3] and figures[3, 1] == figures[1, 1]

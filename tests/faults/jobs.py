@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers.forked import Forked, run_script
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "faults" / "faulty_train.py"
 
@@ -28,7 +30,7 @@ class Job:
     """A running job: its processes (one launcher, or one per rank) and what they leave behind."""
 
     folder: Path
-    processes: list[subprocess.Popen] = field(default_factory=list)
+    processes: list[subprocess.Popen | Forked] = field(default_factory=list)
     out: Path = Path()
     stopped: list[int] = field(default_factory=list)
     restarts: int | None = None
@@ -96,8 +98,8 @@ def children(pid):
 
 
 def loading_processes(pid):
-    """Return the DataLoader workers of a training process."""
-    return [child for child in children(pid) if b"faulty_train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    """Return the DataLoader workers of a training process: all that it has started but Python's resource tracker."""
+    return [c for c in children(pid) if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def lives(pid):
@@ -116,7 +118,10 @@ def send(pid, number):
 
 
 def start(folder, out, flags, *, processes=2, torchrun=None, env=None, prefix=()):
-    """Start ``faulty_train.py``: one process per rank, or by torchrun with the given flags."""
+    """Start ``faulty_train.py``: one process per rank, or by torchrun with the given flags.
+
+    Without torchrun and ``prefix`` the processes are copies of a server that has imported torch.
+    """
     folder.mkdir(parents=True)
     job = Job(folder, out=out)
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_TRACE": str(folder), **(env or {})}
@@ -137,5 +142,8 @@ def start(folder, out, flags, *, processes=2, torchrun=None, env=None, prefix=()
     for rank in range(processes):
         more = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-        job.processes.append(popen(command, rank, **more))
+        if prefix:
+            job.processes.append(popen(command, rank, **more))
+        else:
+            job.processes.append(Forked(folder / f"log{rank}", run_script, *command, env={**settings, **more}))
     return job

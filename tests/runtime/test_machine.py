@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from faults.jobs import lives, loading_processes
+from faults.jobs import lives
 from helpers.drawn import ROOT
 from helpers.forked import Forked, run_script
 from helpers.runs import QUICK, run
@@ -282,4 +282,3 @@ def test_a_low_limit_is_not_lowered():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     machine.prepare_process()
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
-    assert loading_processes(os.getpid()) == []

@@ -14,7 +14,7 @@ import train
 from engine import validation_loss
 from group_by_aspect_ratio import EvalBatchSampler
 from helpers.ranks import run_on_ranks
-from helpers.runs import run_train
+from helpers.runs import run
 from helpers.toy import ToyLoader
 from models.architectures import ModelSpec, build_model
 from optimization.optimizer import build_optimizer
@@ -26,6 +26,8 @@ from runtime.saved_model import rebuild_model
 from runtime.trackers import append_metrics
 from training import run_plan
 from training.state import TrainingState, is_checkpoint_due
+
+pytestmark = pytest.mark.usefixtures("restore_process")
 
 TWO_MINUTES = datetime.timedelta(minutes=2)
 
@@ -175,13 +177,13 @@ FAST = ("--model", "ssdlite320_mobilenet_v3_large", "--workers", "0", "--device"
 
 
 @pytest.mark.slow
-def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path):
+def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys):
     """EMA, validation loss, best, early stop; --test-only scores the averaged weights to the same digits."""
     out = tmp_path / "out"
     common = (*FAST, "--dataset", "coco", "--data-path", drawn_coco)
     flags = (*common, "--epochs", "4", "--lr", "0", "--ema", "0.9", "--val-loss", "--early-stop", "1", "--profile", "1")
-    done = run_train(*flags, "--output-dir", out)
-    assert "no better evaluation in the last 1: stopping early" in done.stdout
+    assert run(*flags, "--output-dir", out) == 0
+    assert "no better evaluation in the last 1: stopping early" in capsys.readouterr().out
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert lines[0]["val_loss"]["loss"] > 0
@@ -196,29 +198,31 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path):
     assert all(torch.equal(v, best["model_ema"][k]) for k, v in averaged.state_dict().items())
     assert all(torch.equal(v, best["model"][k]) for k, v in raw.state_dict().items())
     again = tmp_path / "again"
-    run_train(*common, "--test-only", "--resume", out / "weights" / "best.pth", "--output-dir", again)
+    assert run(*common, "--test-only", "--resume", out / "weights" / "best.pth", "--output-dir", again) == 0
     assert json.loads((again / "metrics.jsonl").read_text())["bbox"] == lines[0]["bbox"]
 
     # Epoch 7 of a continuation that was given up is the best in the folder: going on from here, the best is another.
     summary = json.loads((out / "best" / "summary.json").read_text())
     (out / "best" / "summary.json").write_text(json.dumps({**summary, "epoch": 7}))
     flags = (*common, "--ema", "0.9", "--epochs", "3", "--resume", "auto", "--output-dir", out)
-    assert "holds epoch 7 as the best, the checkpoint knows epoch 0" in run_train(*flags).stdout
+    assert run(*flags) == 0
+    assert "holds epoch 7 as the best, the checkpoint knows epoch 0" in capsys.readouterr().out
     assert load_checkpoint(out / "weights" / "best.pth")["best"]["epoch"] == 2
     assert json.loads((out / "best" / "summary.json").read_text())["epoch"] == 2
 
 
 @pytest.mark.slow
-def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path, capsys):
     out = tmp_path / "out"
     flags = (*FAST, "--dataset", "coco", "--data-path", drawn_coco, "--epochs", "20", "--scale-lr", "--lr", "0.16")
-    done = run_train(*flags, "--dry-run", "--output-dir", out)
+    assert run(*flags, "--dry-run", "--output-dir", out) == 0
+    said = capsys.readouterr().out
     assert not out.exists()
-    assert "trains on 6 of 6 images, is scored on 6" in done.stdout
-    assert "3 images per update (3 per process x 1 process(es) x 1 step(s))" in done.stdout
-    assert "2 updates per epoch, 40 in 20 epochs" in done.stdout
-    assert "0.03 after 1 warm-up updates, times 0.1 at epoch(s) 16 of 20" in done.stdout
-    assert "s per update" in done.stdout and "MB at the peak" in done.stdout
+    assert "trains on 6 of 6 images, is scored on 6" in said
+    assert "3 images per update (3 per process x 1 process(es) x 1 step(s))" in said
+    assert "2 updates per epoch, 40 in 20 epochs" in said
+    assert "0.03 after 1 warm-up updates, times 0.1 at epoch(s) 16 of 20" in said
+    assert "s per update" in said and "MB at the peak" in said
 
 
 def test_the_largest_batch_is_the_one_with_the_largest_padded_pictures():
