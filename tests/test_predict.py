@@ -73,7 +73,7 @@ def directly(checkpoint, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path):
+def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path, few_proposals):
     source = photos if name == MODELS[0] else photos / "0.png"
     assert run("--checkpoint", checkpoints[name], source, "--output-dir", tmp_path / "out", "--batch-size", 1) == 0
     images, records, rows = read(tmp_path / "out")
@@ -109,16 +109,14 @@ def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path):
 def test_every_detection_has_its_keypoints(checkpoints, photos):
     """More of one class than the twenty that a COCO score reads."""
     detector = load_detector(checkpoints["keypointrcnn_resnet50_fpn"])
-    device = torch.device("cpu")
-    results = [
-        r for b in predict_files(detector, find_images([str(photos)]), device=device, score_threshold=0) for r in b
-    ]
+    device, paths = torch.device("cpu"), find_images([str(photos / "0.png")])
+    results = [r for b in predict_files(detector, paths, device=device, score_threshold=0) for r in b]
     assert max(np.bincount(r.detections.category_ids).max() for r in results) > 20
     assert all(np.isfinite(r.detections.keypoints).all() for r in results)
 
 
 @pytest.mark.slow
-def test_csv_names_files_classes_and_keypoints(checkpoints, photos, tmp_path):
+def test_csv_names_files_classes_and_keypoints(checkpoints, photos, tmp_path, few_proposals):
     run("--checkpoint", checkpoints[MODELS[2]], photos / "0.png", "--output-dir", tmp_path / "out", "--no-overlays")
     _, records, rows = read(tmp_path / "out")
     assert rows[0]["file_name"] == str(photos / "0.png") and rows[0]["class"] in ("disc", "square", "triangle")

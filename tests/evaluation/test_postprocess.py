@@ -65,7 +65,7 @@ def shake(model):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_mask_rcnn_scores_the_same_on_blocks():
+def test_mask_rcnn_scores_the_same_on_blocks(few_proposals):
     torch.manual_seed(0)
     model = shake(build_model(spec_of("maskrcnn_resnet50_fpn")))
     plain = model(images())
@@ -103,7 +103,7 @@ def keypoint_truth(outputs, num_keypoints=5):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_keypoint_rcnn_scores_the_same_with_the_head_on_the_best_twenty():
+def test_keypoint_rcnn_scores_the_same_with_the_head_on_the_best_twenty(few_proposals):
     torch.manual_seed(0)
     model = shake(build_model(spec_of("keypointrcnn_resnet50_fpn", detections_per_img=40)))
     plain = model(images())

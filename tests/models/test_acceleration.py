@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.ranks import run_on_ranks
@@ -52,7 +53,8 @@ def detector():
 
 
 @pytest.mark.slow
-def test_a_compiled_backbone_gives_the_same_and_leaves_no_trace(detector, caplog):
+def test_a_compiled_backbone_gives_the_same_and_leaves_no_trace(detector, caplog, monkeypatch):
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # more start processes of their own
     caplog.set_level(logging.INFO)
     before = copy.deepcopy(detector.state_dict())
     images = torch.rand(2, 3, 16, 16)

@@ -136,7 +136,7 @@ def test_a_local_copy_of_published_weights_needs_no_other_flag(hub, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_models_train_on_negatives_alone(name):
+def test_all_models_train_on_negatives_alone(name, few_proposals):
     torch.manual_seed(0)
     model = build_model(spec_for(name)).train()
     images = [torch.rand(3, 64, 80), torch.rand(3, 80, 64)]
