@@ -117,6 +117,7 @@ def test_resuming_is_exact_at_every_point_with_any_workers_and_precision(tmp_pat
     check_cases(draw_coco(tmp_path / "coco", num_images=12), ALL_CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lsj", "multiscale"])
 def test_resuming_is_exact_with_presets_that_resize(drawn_coco, monkeypatch, preset):
     use_thin_models(monkeypatch)
@@ -124,6 +125,7 @@ def test_resuming_is_exact_with_presets_that_resize(drawn_coco, monkeypatch, pre
     assert run(*flags_of(drawn_coco, 1, 0, "none", preset), *flags, "--lr", "0.001") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mask", "keypoint"])
 def test_resuming_is_exact_for_masks_and_keypoints(tmp_path, monkeypatch, task):
     use_thin_models(monkeypatch)
