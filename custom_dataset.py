@@ -195,7 +195,7 @@ def read_folder(
 
     Args:
         split: ``custom/train`` or ``custom/test``.
-        info: Of the dataset; without classes, those of the annotations are used.
+        info: What ``dataset.json`` says; without classes, those of the annotations are used.
         on_bad_data: ``error`` or ``skip``.
         uses: What is learnt beside boxes, see `annotations_from_records`.
         findings: What is known to be wrong already, with ``on_bad_data``; raised with the rest.

@@ -30,7 +30,7 @@ def check_segmentations(
     An object without a segmentation is an error where masks are used.
 
     Args:
-        reader: Of the objects or results.
+        reader: Reads the objects or results.
         image_of_object: int64 [N], position of each one's image.
         heights: int [I], of the images.
         widths: int [I].

@@ -45,7 +45,7 @@ def look_at_values(
     Args:
         count: How many files there are.
         path_of: The file at a position.
-        memory: Of what was seen at an earlier start.
+        memory: What was seen at an earlier start.
         workers: Threads; as many as there are cores by default.
 
     Returns:

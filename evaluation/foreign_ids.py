@@ -20,7 +20,7 @@ class ForeignIds:
     """Results that fit another picture.
 
     Attributes:
-        image_id: Of the results, as the ground truth numbers it.
+        image_id: Id that the results have.
         fits: Position of the image that they fit.
         own: Mean IoU with the objects of the image that their id names, over all images looked at.
         other: Median over images of the mean IoU with the objects of the image that fits best.

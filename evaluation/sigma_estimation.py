@@ -131,7 +131,7 @@ def check_independent(annotators: Sequence[Annotator], names: Sequence[str]) -> 
     """Raise ValueError where two annotators say the same to the last digit, which no two people do.
 
     Args:
-        annotators: Of the same images.
+        annotators: What several people marked in the same images.
         names: What the user calls them.
     """
     for n, first in enumerate(annotators):

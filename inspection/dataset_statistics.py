@@ -71,7 +71,7 @@ class SplitObjects:
 
     @property
     def annotations(self) -> Annotations:
-        """Of the split."""
+        """All annotations of the split, of which ``objects`` are looked at."""
         return self.split.annotations
 
     @property

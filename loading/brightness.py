@@ -23,7 +23,7 @@ def dataset_value_range(
     Args:
         splits: (where pixels come from, annotations, usable images int64) of each.
         known: The rule of a checkpoint, which stays; empty for a new run.
-        name: Of the data, for messages.
+        name: What the pictures are called in messages.
         cache_dir: Remembers what was seen of each file; None for the default.
     """
     seen: SeenValues = []

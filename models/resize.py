@@ -11,10 +11,10 @@ def resize_scales(
     """Return by what width and height of pictures are multiplied, float64 [I] each.
 
     Args:
-        heights: Of the pictures, [I].
-        widths: Of the pictures, [I].
-        spec: Of the model.
-        short_side: Of those that training draws from; None for evaluation's.
+        heights: int [I], pixels of each picture.
+        widths: int [I].
+        spec: Has the sizes that the model resizes to.
+        short_side: One of those that training draws from; None for that of evaluation.
     """
     architecture = spec.architecture
     if architecture.fixed_size is not None:

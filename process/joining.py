@@ -51,11 +51,11 @@ def join_group(rank: int, world_size: int, device: torch.device, dist_url: str, 
     NCCL carries CUDA tensors and gloo CPU tensors in one group.
 
     Args:
-        rank: Of this process.
+        rank: This process among all of the job, from 0.
         world_size: Number of processes.
-        device: Of this process, with its index on CUDA.
+        device: Where this process computes, on CUDA with its index.
         dist_url: ``env://`` or an init method of ``torch.distributed``, such as ``tcp://host:port``.
-        timeout: Of collectives.
+        timeout: How long a collective may take.
 
     Raises:
         Stopped: A signal has come.

@@ -35,8 +35,8 @@ class StepRecord:
         lr: Rate of its update.
         names: Names of the loss terms, in the order of ``losses``.
         losses: float32 [len(names)], on the device; reading them on the host waits for it.
-        images: The batch.
-        targets: The batch.
+        images: float [3, H, W] each, as the model gets them.
+        targets: One dict per image, torchvision's targets.
     """
 
     epoch: int

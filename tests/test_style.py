@@ -115,6 +115,15 @@ def test_files_and_functions_stay_readable(name):
             assert length <= limit, f"{name}.{node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_say_what_a_value_is(name):
+    """An entry "root: Of the image files." tells no more than the name."""
+    empty = [
+        line.strip() for line in FILES[name].read_text().splitlines() if re.match(r'\s+(\w+: |""")(Of|Whose) ', line)
+    ]
+    assert not empty
+
+
 def test_tests_stand_where_the_code_stands():
     stray = [
         path.relative_to(ROOT)

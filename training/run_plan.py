@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def sampler(self) -> GroupedBatchSampler:
-        """Of the training batches."""
+        """What orders the training batches."""
         assert isinstance(self.loader.batch_sampler, GroupedBatchSampler)
         return self.loader.batch_sampler
 

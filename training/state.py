@@ -42,7 +42,7 @@ class TrainingState:
         model: Bare, not in DDP.
         spec: What the model was built from.
         optimizer: Its optimizer.
-        scaler: For float16.
+        scaler: Scales the loss where the network computes in float16; None elsewhere.
         average: Moving average of the weights; None without ``--ema``.
         data: What it is trained on.
         flags: The command line as plain values.
