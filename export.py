@@ -322,7 +322,8 @@ def check_file(model: OnePicture, exported: Runner, pictures: list[Picture]) -> 
             text = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{name}: the exported model fails: {text}") from error
         try:
-            compare_outputs(expected, found, agreement, name, functools.partial(all_candidates, model, image))
+            candidates = functools.partial(all_candidates, model, image)
+            compare_outputs(expected, found, agreement, name, candidates, has_proposals=hasattr(model.model, "rpn"))
         except ValueError as error:
             refused.append(str(error))
     if refused:

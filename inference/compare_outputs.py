@@ -65,6 +65,8 @@ def compare_outputs(
     agreement: Agreement,
     where: str,
     candidates: Callable[[], Outputs] | None = None,
+    *,
+    has_proposals: bool = False,
 ) -> None:
     """Pair the detections of one picture and note the differences in ``agreement``.
 
@@ -80,6 +82,7 @@ def compare_outputs(
         where: Names the picture in errors.
         candidates: Returns boxes, labels and scores of PyTorch before those that overlap are suppressed; None accepts
             no near-ties.
+        has_proposals: Whether boxes come from proposals, which nearly tie before they have their scores.
 
     Raises:
         ValueError: They do not agree; the text says where and by how much.
@@ -93,7 +96,7 @@ def compare_outputs(
     lone = np.flatnonzero(partners < 0)
     others = np.array([m for m in range(len(found["scores"])) if m not in paired], dtype=np.int64)
     if len(lone) and len(others) and candidates is not None:
-        is_tie, is_other_tie = _are_near_ties(_take(expected, lone), _take(found, others), candidates())
+        is_tie, is_other_tie = _are_near_ties(_take(expected, lone), _take(found, others), candidates(), has_proposals)
         agreement.near_ties += int(is_tie.sum())
         lone, others = lone[~is_tie], others[~is_other_tie]
     lowest = max((float(o["scores"].min()) for o in (expected, found) if len(o["scores"])), default=0.0)
@@ -158,20 +161,23 @@ def _nearest(mine: Outputs, n: int, yours: Outputs, agreement: Agreement) -> str
     return f"; the one that overlaps it most is {box:.2g} px and {score:.2g} of its score away"
 
 
-def _are_near_ties(lone: Outputs, others: Outputs, candidates: Outputs) -> tuple[np.ndarray, np.ndarray]:
+def _are_near_ties(
+    lone: Outputs, others: Outputs, candidates: Outputs, has_proposals: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Tell which detections without a partner are there because of two that overlap another was chosen.
 
     Of detections that overlap, the one with the highest score stays; where scores are equal, their last digits choose.
     A detection is missing on the other side for this reason if one stands there, without a partner too, that has its
-    label, overlaps it, and has at least its score but for the tolerance. That of the exported model must have been a
-    candidate of PyTorch as well, within the tolerances: a wrong box or score is no near-tie.
+    label, overlaps it, and has at least its score but for the tolerance; of two proposals that nearly tie either may
+    get the higher score later. That of the exported model must have been a candidate of PyTorch as well, within the
+    tolerances: a wrong box or score is no near-tie.
 
     Returns:
         Of ``lone`` of PyTorch and of ``others`` of the exported model, bool [N] and bool [M].
     """
     is_candidate = pair_detections(others, candidates) >= 0
     rivals = (_overlaps(lone, others) >= SAME_OBJECT) & is_candidate[None]
-    gap = lone["scores"][:, None] - others["scores"][None]
+    gap = np.where(has_proposals, 0.0, lone["scores"][:, None] - others["scores"][None])
     is_tie: np.ndarray = np.any(rivals & (gap <= SCORE_TOLERANCE), axis=1)
     is_other_tie: np.ndarray = np.any(rivals & (gap >= -SCORE_TOLERANCE), axis=0)
     return is_tie, is_other_tie
@@ -179,18 +185,24 @@ def _are_near_ties(lone: Outputs, others: Outputs, candidates: Outputs) -> tuple
 
 @contextlib.contextmanager
 def without_suppression(model: nn.Module) -> Iterator[None]:
-    """Let a detector give all its candidates, boxes with labels and scores alone, also those that overlap."""
+    """Let a detector give all its candidates, boxes with labels and scores alone, also those that overlap.
+
+    The proposals of an R-CNN are suppressed as well, and what becomes of one that nearly ties is another detection.
+    """
     owner: Any = getattr(model, "roi_heads", model)
-    changes: dict[str, Any] = {"nms_thresh": 1.0, "detections_per_img": sys.maxsize}
-    changes |= {name: None for name in ("mask_roi_pool", "keypoint_roi_pool") if hasattr(owner, name)}
-    before = {name: getattr(owner, name) for name in changes}
-    for name, value in changes.items():
-        setattr(owner, name, value)
+    changes: list[tuple[Any, str, Any]] = [(owner, "nms_thresh", 1.0), (owner, "detections_per_img", sys.maxsize)]
+    changes += [(owner, name, None) for name in ("mask_roi_pool", "keypoint_roi_pool") if hasattr(owner, name)]
+    if rpn := getattr(model, "rpn", None):
+        all_of_them = dict.fromkeys(rpn._post_nms_top_n, sys.maxsize)
+        changes += [(rpn, "nms_thresh", 1.0), (rpn, "_post_nms_top_n", all_of_them)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def share_off_outline(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -217,7 +217,7 @@ FAULTS = [
     ("no anchor", coco, MASKS, in_coco(lambda c: last(c).update(bbox=[3, 3, 0.4, 50])), r"have no anchor.*\n +000009\.png"),
     ("an empty box", coco, BOXES, in_coco(lambda c: last(c).update(bbox=[10, 10, 0, 5])), r"annotations\[\d+\].*has no inside"),
     ("an overhanging box", coco, BOXES, in_coco(lambda c: last(c).update(bbox=[40, 10, 99, 5])), r"partly outside the image"),
-    ("no mask", coco, MASKS, in_coco(lambda c: last(c).pop("segmentation")), "no segmentation, but the model learns masks"),
+    ("no mask", coco, MASKS, in_coco(lambda c: last(c).pop("segmentation")), "no segmentation, but masks are used"),
     ("a class only in val", coco, BOXES, in_coco(lambda c: (c["categories"].append({"id": 7, "name": "bus"}), last(c).update(category_id=7)), "val"), "bus"),
     ("points cut off", persons, PERSONS, in_coco(lambda c: last(c).update(keypoints=[1, 2, 2]), kind="person_keypoints"), "1 keypoints, the objects before have 17"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -215,7 +216,8 @@ def test_predictions_that_do_not_fit_do_not_end_an_evaluation(tmp_path, caplog):
     assert caplog.text.count("no predictions are written: ") == 1 and files_in(tmp_path / "out") == []
 
 
-def test_a_line_of_metrics_that_does_not_fit_does_not_end_a_training(tmp_path, caplog):
+def test_a_line_of_metrics_that_does_not_fit_does_not_end_a_training(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # without those of commands run before
     tracker = JsonlTracker(tmp_path)
     tracker.on_epoch(0, {"loss": 1.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -104,7 +104,7 @@ def test_a_second_start_decodes_nothing_and_says_the_same(tmp_path, caplog, monk
 
 def test_a_checkpoints_rule_stays_and_misfits_are_named(tmp_path, caplog):
     root = deepen(draw_coco(tmp_path / "data"), lambda levels: levels << 6)
-    known = load(root).describe() | {"value_range": TWELVE_BITS.to_plain()}
+    known = load(root).to_plain() | {"value_range": TWELVE_BITS.to_plain()}
     caplog.clear()
     data = load(root, known=known)
     assert data.value_range == TWELVE_BITS and max(read_all(data)[0]) == 255
@@ -214,6 +214,6 @@ def test_an_export_documents_the_rule_and_is_checked_by_it(tmp_path):
     save_checkpoint(content, checkpoint)
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
     detector = load_detector(checkpoint)
-    assert export.describe(detector)["value_range"]["whole"] == [0, 4095]
+    assert export.build_metadata(detector)["value_range"]["whole"] == [0, 4095]
     pictures = export.load_pictures([str(tmp_path / "deep.png")], detector)
     assert float(pictures[0][1].min()) == 0 and float(pictures[0][1].max()) == 1

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -177,18 +178,23 @@ FAST = ("--model", "ssdlite320_mobilenet_v3_large", "--workers", "0", "--device"
 
 
 @pytest.mark.slow
-def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys):
+def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys, monkeypatch):
     """EMA, validation loss, best, early stop; --test-only scores the averaged weights to the same digits."""
     out = tmp_path / "out"
     common = (*FAST, "--dataset", "coco", "--data-path", drawn_coco)
     flags = (*common, "--epochs", "4", "--lr", "0", "--ema", "0.9", "--val-loss", "--early-stop", "1", "--profile", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])  # as a user starts it
     assert run(*flags, "--output-dir", out) == 0
     assert "no better evaluation in the last 1: stopping early" in capsys.readouterr().out
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert lines[0]["val_loss"]["loss"] > 0
     args = json.loads((out / "args.json").read_text())
-    assert args["args"]["ema"] == 0.9 and "train.py" in args["command"] and args["versions"]["torch"]
+    assert (
+        args["args"]["ema"] == 0.9
+        and "train.py --model ssdlite320_mobilenet_v3_large" in args["command"]
+        and args["versions"]["torch"]
+    )
     assert list(out.glob("events.out.tfevents.*"))
 
     best = load_checkpoint(out / "weights" / "best.pth")
