@@ -378,6 +378,14 @@ def peak_memory_mb(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def format_peak_memory(device: torch.device) -> str:
+    """Return `peak_memory_mb` in words; on CUDA also what the allocator has taken from the GPU to hold that much."""
+    text = f"{peak_memory_mb(device)} MB at the peak"
+    if device.type == "cuda":
+        text += f" ({torch.cuda.max_memory_reserved(device) >> 20} MB taken from the GPU for it)"
+    return text
+
+
 def versions() -> dict[str, str]:
     """Return the versions that results depend on."""
     return {name: version(name) for name in ("torch", "torchvision", "pycocotools", "numpy", "pillow")}

@@ -1,10 +1,13 @@
 """What a run is going to do, before it does it; and a rehearsal of its most expensive step."""
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +17,18 @@ from group_by_aspect_ratio import GroupedBatchSampler
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
 from loading.trainable import Trainable, count_trainable
+from models.architectures import ModelSpec
+from models.resize import resize_scales, short_sides
 from optimization.schedule import LearningRate
 from optimization.step import StepOptions, add_gradients, update_parameters
 from training.state import TrainingState
-from utils import peak_memory_mb
+from utils import format_peak_memory
 
 # Steps of a rehearsal that are timed, after one that warms up.
 REHEARSED_STEPS = 2
+
+# torchvision's detectors pad the sides of a batch to multiples of this (GeneralizedRCNNTransform).
+SIZE_DIVISIBLE = 32
 
 # Classes that the plan names; the rarest are what a user must know of.
 MAX_CLASSES = 12
@@ -175,16 +183,34 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing_parent(folder)).free
 
 
-def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Return the batch whose pictures, padded to a common size, are largest.
+def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """Return the batch that is largest in the model: after its resize, at the longest of its short sides, and padded.
+
+    Of batches that come out the same, the one whose pictures are largest before the resize.
 
     Args:
         batches: Indices of pictures, [number of batches, batch size].
         heights: int [N], of all pictures, in pixels.
         widths: int [N], of all pictures, in pixels.
+        spec: Of the model.
     """
-    padded = heights[batches].max(axis=1).astype(np.int64) * widths[batches].max(axis=1)
-    return batches[int(np.argmax(padded))]
+    of_widths, of_heights = resize_scales(heights, widths, spec, short_side=max(short_sides(spec)))
+    resized = [np.floor(sides * scales) for sides, scales in ((heights, of_heights), (widths, of_widths))]
+    height, width = (np.ceil(sides[batches].max(axis=1) / SIZE_DIVISIBLE) for sides in resized)
+    given = heights[batches].max(axis=1).astype(np.int64) * widths[batches].max(axis=1)
+    return batches[int(np.lexsort((given, height * width))[-1])]
+
+
+@contextlib.contextmanager
+def longest_short_side(model: nn.Module) -> Iterator[None]:
+    """Let the model's resize take the longest of its short sides instead of drawing one."""
+    transform: Any = model.transform
+    own = transform.min_size
+    transform.min_size = (max(own),)
+    try:
+        yield
+    finally:
+        transform.min_size = own
 
 
 def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
@@ -196,16 +222,17 @@ def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
         options: How each step goes; the same as in training, so that memory and time are.
     """
     dataset, sampler, device = plan.loader.dataset, plan.sampler, plan.loader.device
-    largest = largest_batch(sampler.epoch_batches(0), dataset.heights, dataset.widths)
+    largest = largest_batch(sampler.epoch_batches(0), dataset.heights, dataset.widths, plan.state.spec)
     packed = plan.loader.collate([dataset[0, int(index)] for index in largest])
     images, targets = unpack(packed, device)
     model.train()
     seconds = []
     for _ in range(1 + REHEARSED_STEPS):
         start = time.perf_counter()
-        for step in range(options.accumulate):
-            is_update, weight = step + 1 == options.accumulate, 1 / options.accumulate
-            add_gradients(model, images, targets, options, weight=weight, is_update=is_update)
+        with longest_short_side(plan.state.model):
+            for step in range(options.accumulate):
+                is_update, weight = step + 1 == options.accumulate, 1 / options.accumulate
+                add_gradients(model, images, targets, options, weight=weight, is_update=is_update)
         update_parameters(plan.state.optimizer, options, torch.zeros((), device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -214,6 +241,6 @@ def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
     hours = update * plan.updates_per_epoch * plan.learning_rate.epochs / 3600
     shape = "x".join(map(str, images[0].shape[1:]))
     return (
-        f"  rehearsed {len(images)} images of {shape} and similar, the largest batch: {update:.2f} s per update, "
-        f"{peak_memory_mb(device)} MB at the peak; at most about {hours:.1f} h for all epochs, without evaluation"
+        f"  rehearsed {len(images)} images of {shape} and similar, the largest batch for the model: {update:.2f} s per "
+        f"update, {format_peak_memory(device)}; at most about {hours:.1f} h for all epochs, without evaluation"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import train
 from engine import validation_loss
@@ -27,6 +28,7 @@ from runtime.saved_model import rebuild_model
 from runtime.trackers import append_metrics
 from training import run_plan
 from training.state import TrainingState, is_checkpoint_due
+from utils import format_peak_memory
 
 pytestmark = pytest.mark.usefixtures("restore_process")
 
@@ -234,7 +236,37 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path, caps
 def test_the_largest_batch_is_the_one_with_the_largest_padded_pictures():
     heights, widths = np.array([10, 10, 10, 90, 50, 50]), np.array([10, 10, 90, 10, 50, 50])
     batches = np.array([[0, 1], [2, 3], [4, 5]])
-    assert run_plan.largest_batch(batches, heights, widths).tolist() == [2, 3]
+    assert run_plan.largest_batch(batches, heights, widths, ModelSpec("fcos_resnet50_fpn", 2)).tolist() == [2, 3]
+
+
+def test_the_largest_batch_is_largest_after_the_models_resize():
+    """640 x 640 has 1.8 times the pixels of 640 x 360, and becomes 800 x 800 where the other becomes 768 x 1344."""
+    heights, widths, batches = np.array([640, 360, 1280, 720]), np.array([640, 640, 1280, 1280]), np.arange(4)[:, None]
+    of_model = {
+        spec: run_plan.largest_batch(batches, heights, widths, spec).tolist()
+        for spec in (ModelSpec("fcos_resnet50_fpn", 2), ModelSpec("fcos_resnet50_fpn", 2, min_size=(1333, 64)), ModelSpec("ssd300_vgg16", 2))
+    }  # fmt: skip
+    assert list(of_model.values()) == [[3], [2], [2]]
+
+
+def test_a_rehearsal_resizes_to_the_longest_of_the_short_sides():
+    model = nn.Module()
+    model.transform = GeneralizedRCNNTransform((64, 96, 32), 200, [0.0] * 3, [1.0] * 3)
+
+    def sides():
+        return {model.transform([torch.zeros(3, 50, 60)])[0].image_sizes[0][0] for _ in range(20)}
+
+    with run_plan.longest_short_side(model):
+        assert sides() == {96}
+    assert sides() == {64, 96, 32}
+
+
+def test_memory_that_fragments_take_from_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9 << 20)
+    expected = "7 MB at the peak (9 MB taken from the GPU for it)"
+    assert format_peak_memory(torch.device("cuda", 0)) == expected
+    assert "taken from" not in format_peak_memory(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
