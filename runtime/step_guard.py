@@ -6,6 +6,7 @@ Nothing here waits for a GPU: flags are read on the host one step late, when the
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,15 @@ class StepGuard:
                 self._has_bad_loss = False
 
 
+def on_cpu(value: Any) -> Any:
+    """Return tensors, in whatever dicts and lists, on the CPU: a saved batch is read on machines without a GPU too."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
 def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: StepOptions) -> None:
     """Say which loss, or that the gradient, was not finite and on which images.
 
@@ -134,7 +144,8 @@ def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: 
         path = options.debug_folder / f"bad_batch_epoch{record.epoch}_step{record.step}_rank{rank()}.pt"
         try:
             with write_aside(path) as temporary, temporary.open("wb") as file:
-                write_torch_file({"images": record.images, "targets": record.targets, "losses": values}, file)
+                content = {"images": record.images, "targets": record.targets, "losses": values}
+                write_torch_file(on_cpu(content), file)
             text += f"; the batch is in {path}"
         except OSError as error:
             text += f"; the batch could not be saved ({describe_error(error)})"

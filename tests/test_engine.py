@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.waits import count_waits
 from engine import evaluate, train_one_epoch
@@ -15,10 +16,11 @@ from helpers.toy import ToyLoader, ToyModel
 from optimization.optimizer import build_optimizer
 from optimization.schedule import LearningRate
 from optimization.step import StepOptions, update_parameters
+from runtime import step_guard
 from runtime.progress import Progress
 from runtime.signals import StopRequest
-from runtime.step_guard import NonFiniteLossError
-from runtime.trackers import Tracker
+from runtime.step_guard import NonFiniteLossError, report_bad_step
+from runtime.trackers import StepRecord, Tracker
 
 
 def sampler(num_images=12, **options):
@@ -89,6 +91,21 @@ def test_a_bad_loss_stops_with_its_name_step_rate_and_images(tmp_path):
     (saved,) = tmp_path.glob("bad_batch_*.pt")
     assert 5 in [t["image_id"] for t in torch.load(saved, weights_only=True)["targets"]]
     assert torch.isfinite(model.layer.weight).all()
+
+
+def test_a_bad_batch_of_a_gpu_is_saved_as_tensors_of_the_cpu(tmp_path, monkeypatch):
+    """Fake tensors say they are on a GPU and need none."""
+    saved = []
+    monkeypatch.setattr(step_guard, "write_torch_file", lambda content, file: saved.append(content))
+    with FakeTensorMode():
+        image = torch.empty(3, 4, 4, device="cuda")
+        target = {"image_id": 7, "boxes": torch.empty(2, 4, device="cuda")}
+    record = StepRecord(0, 0, 0, True, 0.1, ["loss"], torch.tensor([float("nan")]), [image], [target])
+    assert image.device.type == "cuda"
+    report_bad_step(record, True, False, StepOptions(on_nan="skip", debug_folder=tmp_path))
+    (content,) = saved
+    tensors = [content["images"][0], content["targets"][0]["boxes"]]
+    assert [tensor.device.type for tensor in tensors] == ["cpu", "cpu"] and content["targets"][0]["image_id"] == 7
 
 
 def test_skip_leaves_out_the_update_and_nothing_else():
