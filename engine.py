@@ -25,7 +25,7 @@ from runtime.progress import Progress
 from runtime.signals import StopRequest, agree_to_stop
 from runtime.step_guard import StepGuard
 from runtime.trackers import StepRecord, Tracker
-from utils import broadcast_json, gather_bytes, seed_torch
+from utils import broadcast_json, gather_bytes, kept_generators, seed_torch
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,15 @@ def evaluate(
     """
     assert isinstance(loader.batch_sampler, EvalBatchSampler)
     was_training = model.training
-    cpu_rng = torch.get_rng_state()
     evaluator.reset()
     model.eval()
     try:
         start, scoring = time.perf_counter(), 0.0
-        with fast_scoring(model, evaluator.max_keypoint_dets), progress_bar("Test", len(loader)) as bar:
+        with (
+            kept_generators(),
+            fast_scoring(model, evaluator.max_keypoint_dets),
+            progress_bar("Test", len(loader)) as bar,
+        ):
             for step, (images, targets) in enumerate(loader):
                 outputs = model(images)
                 image_ids = [target["image_id"] for target in targets]
@@ -155,7 +158,6 @@ def evaluate(
         return evaluator.compute()
     finally:
         model.train(was_training)
-        torch.set_rng_state(cpu_rng)
 
 
 @torch.no_grad()
@@ -174,22 +176,21 @@ def validation_loss(model: nn.Module, loader: DeviceLoader) -> dict[str, float]:
         ``loss`` and each of its terms, averaged over images.
     """
     modes = {module: module.training for module in model.modules()}
-    cpu_rng = torch.get_rng_state()
     model.train()
     for module in model.modules():
         if isinstance(module, (_NormBase, GeneralizedRCNNTransform)):
             module.eval()
     rows: list[list[Any]] = []
     try:
-        for images, targets in loader:
-            image_id = targets[0]["image_id"]
-            seed_torch("validation loss", image_id)
-            losses = model(images, targets)
-            rows.append([image_id, len(images), {name: float(value) for name, value in losses.items()}])
+        with kept_generators():
+            for images, targets in loader:
+                image_id = targets[0]["image_id"]
+                seed_torch("validation loss", image_id)
+                losses = model(images, targets)
+                rows.append([image_id, len(images), {name: float(value) for name, value in losses.items()}])
     finally:
         for module, mode in modes.items():
             module.training = mode
-        torch.set_rng_state(cpu_rng)
     gathered = gather_bytes(json.dumps(rows).encode())
     means: dict[str, float] = {}
     if gathered is not None:

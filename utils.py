@@ -371,6 +371,22 @@ def seed_torch(*parts: int | str) -> None:
         torch.mps.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leave the generators that `seed_torch` seeds as they are found, whatever the block draws."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
 def peak_memory_mb(device: torch.device) -> int:
     """Return the most memory this process has held: of the GPU's allocator on CUDA, else resident, in MB."""
     if device.type == "cuda":

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.waits import count_waits
-from engine import evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch, validation_loss
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from helpers.ranks import run_on_ranks
 from helpers.toy import ToyLoader, ToyModel
@@ -21,6 +21,7 @@ from runtime.progress import Progress
 from runtime.signals import StopRequest
 from runtime.step_guard import NonFiniteLossError, report_bad_step
 from runtime.trackers import StepRecord, Tracker
+from utils import seed_torch
 
 
 def sampler(num_images=12, **options):
@@ -341,6 +342,32 @@ def test_evaluation_restores_mode_and_generators(training):
     assert ids == [0, 1, 2, 3, 4]
     assert model.training == training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class FakeGenerator:
+    """Stands for a GPU's."""
+
+    def __init__(self, patch):
+        self.state = 3
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "get_rng_state", lambda: self.state)
+        patch.setattr(torch.cuda, "set_rng_state", lambda state: setattr(self, "state", state))
+        patch.setattr(torch.cuda, "manual_seed", lambda seed: setattr(self, "state", seed))
+
+
+def test_evaluation_restores_a_gpu_s_generator_too(monkeypatch):
+    generator = FakeGenerator(monkeypatch)
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, images, targets=None):
+            seed_torch("draws", len(seen))
+            seen.append(generator.state)
+            return {"loss": torch.zeros(())} if targets is not None else [{} for _ in images]
+
+    evaluate(Model(), ToyLoader(EvalBatchSampler(1)), ToyEvaluator(), None)
+    validation_loss(Model(), ToyLoader(EvalBatchSampler(1)))
+    assert len(seen) == 2 and 3 not in seen and generator.state == 3
 
 
 def test_an_evaluation_that_fails_restores_the_mode_too():
