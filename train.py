@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
 from process.joining import launched_ranks
-from process.waiting import Stopped, note_signal
+from process.waiting import EXIT_SIGNAL, Stopped, note_signal
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint
 from runtime.machine import explain_failure, prepare_process
@@ -376,16 +377,21 @@ def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: Stop
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Parse flags, run `main`, and turn expected errors into one line and an exit code."""
+    """Parse flags, run `main`, and turn expected errors into one line and an exit code.
+
+    The process group is left in good order only after success: NCCL's way out waits for all other processes, and where
+    this one has failed they wait for it.
+    """
     parser = get_args_parser()
     args = parser.parse_args(argv)
     take_model_from_checkpoint(args)
     check_args(parser, args)
     stop = StopRequest()
-    is_given_up = False
     try:
         distributed = start_process(args, stop)
-        return (verify_resume if args.verify_resume else main)(args, distributed, stop)
+        code = (verify_resume if args.verify_resume else main)(args, distributed, stop)
+        shut_down_distributed()
+        return code
     except NonFiniteLossError as error:
         logger.error("%s", error)
         return EXIT_BAD_LOSS
@@ -394,7 +400,6 @@ def run(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         print_error(f"{parser.prog}: {stopped}; nothing was trained")
-        is_given_up = True
         return 0
     except Exception as error:
         explained = explain_failure(error)
@@ -404,8 +409,16 @@ def run(argv: list[str] | None = None) -> int:
         return 1
     finally:
         note_signal(None)
-        if not is_given_up:  # leaving the group would be one more wait for the others
-            shut_down_distributed()
+
+
+def run_and_leave(argv: list[str] | None = None) -> None:
+    """Run, and end the process at once with the exit code; after a bug with its traceback and 1."""
+    try:
+        code = run(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        code = 1 if isinstance(error, Exception) else EXIT_SIGNAL + signal.SIGINT
+    end_process(code)
 
 
 def end_process(code: int) -> None:
@@ -420,4 +433,4 @@ def end_process(code: int) -> None:
 
 
 if __name__ == "__main__":
-    end_process(run())
+    run_and_leave()

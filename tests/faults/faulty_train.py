@@ -85,4 +85,4 @@ if __name__ == "__main__":
     machine.HANG_SECONDS = 30
     if "FAULT_PLAIN_GROUP" in os.environ:
         train.init_distributed = plain_group
-    train.end_process(train.run())
+    train.run_and_leave()

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import threading
@@ -175,6 +176,44 @@ def test_a_finished_run_does_not_wait_for_a_stuck_loading_process(tmp_path):
     while lives(int(pid)) and time.time() < end:
         time.sleep(0.05)
     assert not lives(int(pid))
+
+
+def fail_in_a_group(store, error):
+    """Train as one process of a group that cannot be left, as NCCL's where the others wait. For a process of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+
+    def main(args, distributed, stop):
+        if error is not None:
+            raise error
+        return 0
+
+    def destroy():
+        print("leaving the group", flush=True)
+        if error is not None:
+            time.sleep(60)
+
+    train.main, dist.destroy_process_group = main, destroy
+    train.run_and_leave([*QUICK, *SSDLITE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ZeroDivisionError("a bug"), 1, r"Traceback (?s:.*)in main\n(?s:.*)ZeroDivisionError: a bug"),
+        (RuntimeError("Connection closed by peer"), 1, r".*\.py: error: another process of this run .*"),
+        (train.NonFiniteLossError("loss not finite"), 3, "loss not finite"),
+        (None, 0, "leaving the group"),
+    ],
+)
+def test_a_process_that_fails_says_why_and_does_not_wait_for_the_others(tmp_path, error, code, said):
+    process = Forked(tmp_path / "log", fail_in_a_group, tmp_path / "store", error)
+    try:
+        assert process.wait(30) == code
+    finally:
+        process.kill()
+    assert re.search(rf"^{said}$", process.output(), re.MULTILINE)
+    assert ("leaving the group" in process.output()) == (error is None)
 
 
 @pytest.mark.slow
