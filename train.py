@@ -49,6 +49,7 @@ from models.acceleration import (
 )
 from models.architectures import ARCHITECTURES, ModelSpec
 from models.box_precision import keep_boxes_float32
+from models.folded_norm import fold_frozen_norms
 from models.weights import build_start_model
 from optimization.optimizer import build_optimizer
 from optimization.precision import choose_amp
@@ -250,6 +251,7 @@ def start_model(
             raise ValueError(f"--sync-bn: torch has it for CUDA only, and this run is on {distributed.device}")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(distributed.device)
+    fold_frozen_norms(model)
     if args.channels_last:
         use_channels_last(model)
     if args.amp:

@@ -23,6 +23,7 @@ from evaluation.postprocess import fast_scoring
 from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
 from models.architectures import ModelSpec
+from models.folded_norm import fold_frozen_norms
 from models.resize import describe_vanishing, leaves_nothing
 from pixels.image_files import examples, is_picture_name, list_folder, result_folder
 from pixels.images import BadImageError, is_text, read_header, read_image
@@ -297,6 +298,7 @@ def predict_files(
         worker_init_fn=_start_worker,
     )
     model = detector.model.to(device)
+    fold_frozen_norms(model)
     # Every detection has its keypoints: nothing is left to a limit per class.
     with fast_scoring(model, max_keypoint_dets=sys.maxsize), _no_lower_than(model, score_threshold):
         for loaded in loader:
