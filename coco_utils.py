@@ -16,6 +16,7 @@ import numpy as np
 
 from annotations.arrays import Annotations, join_bytes
 from annotations.findings import BadDataError, Finding, Findings
+from annotations.foreign_files import describe_json, explain_json_error, explain_undecodable
 from annotations.forms import flat_floats, short
 from annotations.record_checks import (
     Rules,
@@ -69,9 +70,9 @@ def read_json(path: Path) -> Any:
     except _ConstantError:
         raise fail(*_locate_constants(text)) from None
     except json.JSONDecodeError as error:
-        raise fail(f"not valid json at line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise fail(*explain_json_error(path, text, error)) from None
     except UnicodeDecodeError as error:
-        raise fail(f"not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+        raise fail(*explain_undecodable(path, error.start)) from None
     except RecursionError:
         raise fail("nested too deeply") from None
     except ValueError as error:
@@ -154,9 +155,11 @@ def read_image_ids(path: Path) -> dict[str, int | str]:
 def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], list[Record]]:
     """Return the three lists of a COCO file; a test file without annotations has an empty second one."""
     findings = Findings()
-    if not isinstance(content, dict):
-        problem = f"expected an object with images, annotations and categories, got {type(content).__name__}"
-        raise BadDataError([Finding("json", str(path), problem, "is this a COCO annotation file?")])
+    known = describe_json(content) if not isinstance(content, dict) or "images" not in content else None
+    if known or not isinstance(content, dict):
+        what, remedy = known or (short(content), "is this a COCO annotation file?")
+        problem = f"expected an object with images, annotations and categories, got {what}"
+        raise BadDataError([Finding("json", str(path), problem, remedy)])
     sections = []
     for name in ("images", "annotations", "categories"):
         section = content.get(name, [] if name == "annotations" else None)

@@ -20,12 +20,13 @@ from typing import Any
 from annotations.arrays import Annotations
 from annotations.fields import FIELDS
 from annotations.findings import BadDataError, Findings
+from annotations.foreign_files import describe_json
 from annotations.forms import BOX, LABEL, MAX_NAME, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
-from pixels.image_files import is_picture_name, list_folder, printable, spelling, unreadable_format
+from pixels.image_files import examples, is_picture_name, list_folder, printable, spelling, unreadable_format
 from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,15 @@ def read_dataset_info(
         BadDataError: What is wrong with the file, all findings at once.
     """
     path = root / "dataset.json"
+    collected, findings = findings, findings or Findings()
     if not path.is_file():
+        others = [p for p in sorted(root.glob("*")) if p.name.casefold() == path.name] if root.is_dir() else []
+        for other in others:
+            findings.error("dataset.json", str(other), f"expected the name {path.name}", "rename the file")
+        if collected is None:
+            findings.raise_errors()
         return DatasetInfo(path=path)
     content = read_json(path)
-    collected, findings = findings, findings or Findings()
     if not isinstance(content, dict):
         findings.error("dataset.json", str(path), f"expected an object, got {short(content)}", "see docs/own_data.md")
         findings.raise_errors()
@@ -251,6 +257,12 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
     pictures, jsons = split / "images", split / "annotations"
     image_of = _files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
     json_of = _files_by_stem(jsons, lambda name: name.lower().endswith(".json"), "not a json by its name", findings)
+    if image_of and not json_of:
+        others = [name for name in list_folder(jsons).files if is_text(name)]
+        found = f"{len(others)} other file(s), such as {examples(others)}" if others else "nothing"
+        problem = f"no json for any of {len(image_of)} pictures; the folder holds {found}"
+        findings.error("pairs", str(jsons), problem, "expected one json per image, see the README for the format")
+        return []
     alone, without = sorted(set(image_of) - set(json_of)), sorted(set(json_of) - set(image_of))
     for stem in without:
         problem = f"no image {pictures / stem}.*{_similar(stem, alone, image_of, pictures)}"
@@ -325,8 +337,10 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
         findings.error("json", str(annotation), problem, error.findings[0].remedy, image=position)
         return
     if not isinstance(entry, dict) or not isinstance(entry.get("bboxes"), list):
-        problem = "expected an object with a list 'bboxes'"
-        findings.error("json", str(annotation), problem, "see the README for the format", image=position)
+        keys = f"one with {', '.join(map(short, entry))}" if isinstance(entry, dict) and entry else short(entry)
+        what, remedy = describe_json(entry) or (keys, "see the README for the format")
+        problem = f"expected an object with a list 'bboxes', got {what}"
+        findings.error("json", str(annotation), problem, remedy, image=position)
         return
     boxes = entry["bboxes"]
     for name in _PER_BOX:
@@ -336,10 +350,13 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
             problem = f"{name}: {found} entries for {len(boxes)} boxes"
             findings.error("per box", str(annotation), problem, f"give {name} one entry per box", image=position)
             return
-    for key in set(entry) - {"bboxes", *_PER_BOX}:
-        if similar := difflib.get_close_matches(key, _PER_BOX, 1, cutoff=0.8):
-            remedy = f"it is not read; is {similar[0]!r} meant?"
-            content.notes.add(("key", key), "unknown entry", str(annotation), f"unknown entry {key!r}", remedy)
+    for key in sorted(set(entry) - {"bboxes", *_PER_BOX}):
+        similar = difflib.get_close_matches(key, _PER_BOX, 1, cutoff=0.8)
+        is_per_box = isinstance(entry[key], list) and len(entry[key]) == len(boxes) > 0
+        if similar or is_per_box:
+            remedy = f"is {similar[0]!r} meant?" if similar else f"read are {', '.join(['bboxes', *_PER_BOX])}"
+            problem = f"unknown entry {short(key)}{' with a value for every box' if is_per_box else ''}"
+            content.notes.add(("key", key), "unknown entry", str(annotation), problem, f"it is not read; {remedy}")
     per_box = {name: entry.get(name) or [None] * len(boxes) for name in _PER_BOX}
     for k, box in enumerate(boxes):
         content.object_places.append(f"{annotation}: bboxes[{k}]")
@@ -362,6 +379,12 @@ def _look_for_unrotated_boxes(
         problem = f"EXIF turns the picture to {width} x {height}, but its boxes fit only {height} x {width}"
         remedy = "annotate the picture as viewers show it, or remove its EXIF orientation"
         findings.error("exif", str(path), problem, remedy, image=image["id"] - 1)
+
+
+def _same_but_for_case(label: str, names: Sequence[str]) -> str | None:
+    """Return the name that a label differs from in case and blanks only."""
+    folded = " ".join(label.split()).casefold()
+    return next((name for name in names if " ".join(name.split()).casefold() == folded), None)
 
 
 def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> tuple[list[Record], list[int]]:
@@ -411,6 +434,8 @@ def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> t
             if are_texts and label is not None:
                 known += ": numbers and names are mixed, and no dataset.json says which class a number is"
             why = "0 is background; " if given == 0 and given is not False else ""
+            if isinstance(given, str) and (same := _same_but_for_case(given, names)):
+                why = f"differs from {short(same)} in upper and lower case or blanks; "
             findings.error("label", place, f"label {short(given)}", why + known, obj=n)
         ids.append(max(number, 1))
     return [{"id": k + 1, "name": name} for k, name in enumerate(names)], ids

@@ -94,7 +94,7 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:
-        text = _foreign_content(path) or (str(error) or type(error).__name__).splitlines()[0]
+        text = describe_content(path) or (str(error) or type(error).__name__).splitlines()[0]
         if "weights_only" in text or "Unsupported" in text or text.startswith("Weights only"):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             text = f"it holds pickled Python objects{f' ({named[1]})' if named else ''}, which are not loaded because "
@@ -102,7 +102,7 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
         raise ValueError(f"{path}: not a readable checkpoint: {text}") from None
 
 
-# How files begin that are given for checkpoints by mistake.
+# How files begin that are given for others by mistake.
 _BEGINNINGS = {
     b"\x89PNG": "a picture (PNG)",
     b"\xff\xd8\xff": "a picture (JPEG)",
@@ -111,30 +111,60 @@ _BEGINNINGS = {
     b"II*\0": "a picture (TIFF)",
     b"MM\0*": "a picture (TIFF)",
     b"\x89HDF": "an HDF5 file, as Keras writes; it holds no weights of torch",
+    b"\x93NUMPY": "an array of NumPy (.npy)",
+    b"PAR1": "a Parquet table",
+    b"SQLite format 3": "an SQLite database",
     b"\x1f\x8b": "packed with gzip; unpack it first",
+    b"BZh": "packed with bzip2; unpack it first",
+    b"\xfd7zXZ": "packed with xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"Rar!": "a rar archive; unpack it first",
     b"%PDF": "a PDF document",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"{\0": "text in UTF-16; save it as UTF-8",
+    b"[\0": "text in UTF-16; save it as UTF-8",
     b"version https://git-lfs": "a git LFS pointer, not the file that it stands for; `git lfs pull` brings that",
 }
 
+# What stands after "ftyp" in files of phones and cameras.
+_BRANDS = {
+    b"heic": "a picture (HEIC)",
+    b"heix": "a picture (HEIC)",
+    b"mif1": "a picture (HEIC)",
+    b"avif": "a picture (AVIF)",
+}
 
-def _foreign_content(path: Path) -> str | None:
-    """Say what a file is that torch cannot have written, by its content; None where that is not clear."""
+
+def describe_content(path: Path) -> str | None:
+    """Say what a file is by its content, and where it helps what to do; None where that is not clear.
+
+    For messages about a file that is not what its flag, its entry or its name says. A zip archive that may be a
+    checkpoint of torch is None.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
         return "a folder, expected a file" if isinstance(error, IsADirectoryError) else error.strerror
-    if not size:
-        return "the file is empty; copy or load it again"
+    if not head.strip():
+        return f"the file {'holds nothing but blanks' if size else 'is empty'}; copy or load it again"
     if not head.strip(b"\0"):
         return "it begins with nothing but zeros; copy or load it again"
     for start, what in _BEGINNINGS.items():
         if head.startswith(start):
             return what
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12], "a film, or another container of the MP4 kind")
+    if head.startswith(b"RIFF"):
+        return "a picture (WebP)" if head[8:12] == b"WEBP" else "a sound or film (RIFF)"
     text = head.lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<body")):
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "a web page, not the file itself; open its address in a browser, and load the file that the page offers"
+    if text.startswith(b"<?xml"):
+        return "XML text"
     if text.startswith((b"{", b"[")):
         return "JSON text, as annotation files are"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:

@@ -14,6 +14,7 @@ import torch
 
 from annotations.arrays import Annotations
 from annotations.findings import BadDataError, Finding, Findings
+from annotations.foreign_files import describe_json
 from annotations.forms import short
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import check_segmentations, rle_of
@@ -187,14 +188,19 @@ def read_results(path: Path, iou_types: Collection[str] | None = None) -> tuple[
     """
     content = read_json(path)
     findings, notes = Findings(), Notes()
+    content = _unwrapped(content, str(path))
     if not isinstance(content, list):
-        problem = f"expected a list of results, got {short(content)}"
-        raise BadDataError([Finding("results", str(path), problem, "is this a COCO results file?")])
+        what, remedy = describe_json(content) or (short(content), "is this a COCO results file?")
+        raise BadDataError([Finding("results", str(path), f"expected a list of results, got {what}", remedy)])
     for n, record in enumerate(content):
         if not isinstance(record, dict):
             problem = f"expected an object {{...}}, got {short(record)}"
             findings.error("results", f"{path}: [{n}]", problem, "fix or remove it")
     findings.raise_errors()
+    if content and not any("score" in record for record in content):
+        what = f"{len(content)} entries without a score, the first with {', '.join(map(short, content[0]))}"
+        what, remedy = describe_json(content) or (what, "give the file that a detector wrote, with 'score'")
+        raise BadDataError([Finding("results", str(path), f"expected a list of results, got {what}", remedy)])
     uses = SCORE_KINDS if iou_types is None else iou_types
     reader = RecordReader("result", content, lambda n: f"{path}: [{n}]", findings, notes, tuple(uses))
     columns: dict[str, Sequence[Any] | np.ndarray] = {name: reader.ids(name) for name in ("image_id", "category_id")}
@@ -209,6 +215,22 @@ def read_results(path: Path, iou_types: Collection[str] | None = None) -> tuple[
     # Many tools write empty lists for what their detector does not find.
     records = [{name: value for name, value in zip(names, row) if value is not None and value != []} for row in rows]
     return records, notes.id_texts
+
+
+def _unwrapped(content: Any, name: str) -> Any:
+    """Return the list of results that a file holds under one key, with a warning; anything else as it is."""
+    lists = (
+        {key: value for key, value in content.items() if isinstance(value, list)} if isinstance(content, dict) else {}
+    )
+    scored = [
+        key
+        for key, value in lists.items()
+        if value and isinstance(value[0], dict) and {"image_id", "score"} <= set(value[0])
+    ]
+    if len(scored) != 1:
+        return content
+    logger.warning("%s: the results stand under %r, expected a list of them alone; they are taken", name, scored[0])
+    return content[scored[0]]
 
 
 def encode_masks(records: Sequence[Record], annotations: Annotations, name: str) -> None:

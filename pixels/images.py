@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from files import describe_content
 from pixels.image_files import unreadable_format
 from pixels.value_range import ValueRange, to_levels
 
@@ -242,20 +243,15 @@ def _as_colour(levels: np.ndarray) -> np.ndarray:
 def _reason(error: Exception, path: Path) -> str:
     """Return an error's text; of a file that is no picture say what it is instead, where that can be told."""
     if isinstance(error, UnidentifiedImageError):
-        known = unreadable_format(str(path)) or _kind_of_text(path)
-        if known is not None:
-            return known
+        known = unreadable_format(str(path)) or _target_of_link(path) or describe_content(path)
+        return known or "in no format that the installed Pillow reads"
     return str(error) or type(error).__name__
 
 
-def _kind_of_text(path: Path) -> str | None:
-    """Recognise what often lies in a picture's place: a Git LFS pointer, a web page, a link saved as text."""
+def _target_of_link(path: Path) -> str | None:
+    """Recognise a link that was saved as text, in a picture's place."""
     with path.open("rb") as file:
         start = file.read(1024)
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the picture; run git lfs pull"
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page; the download went wrong"
     try:
         target = start.decode().strip()
         if len(start) < 1024 and target.isprintable() and target and (path.parent / target).is_file():

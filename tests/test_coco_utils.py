@@ -97,7 +97,7 @@ NAN, INF = float("nan"), float("inf")
 BAD = {
     "truncated json": ('{"images": [', r"not valid json at line 1 column 13"),
     "empty file": ("", r"not valid json at line 1 column 1"),
-    "a list": ("[]", r"expected an object with images, annotations and categories, got list"),
+    "a list": ("[]", r"expected an object with images, annotations and categories, got \[\]"),
     "NaN": (json.dumps(content()).replace("600", "NaN"), r"the number NaN at line 1 column \d+ is not allowed"),
     "Infinity": (json.dumps(content()).replace("600", "-Infinity"), r"the number -Infinity at line 1 column \d+ is not allowed"),
     "1e999": (json.dumps(content()).replace("[5,", "[1e999,"), r"annotations\[0\] \(id 1\): bbox is \[inf.*finite"),

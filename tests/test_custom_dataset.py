@@ -568,3 +568,38 @@ def test_train_and_test_call_a_class_by_one_name(drawn_coco):
     path.write_text(path.read_text().replace('"bicycle"', '"tricycle"'))
     with pytest.raises(ValueError, match="category 2 is 'tricycle', but 'bicycle' in .*instances_train2017.json"):
         load_data(Source("coco", drawn_coco), "box")
+
+
+def test_entries_with_a_value_per_box_that_are_not_read_are_named(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_images=3)
+    for index in range(2):
+        edit(root, lambda e: e.update(classes=["x"] * len(e["bboxes"]), tags=[], width=80), index=index)
+    messages = [str(warning) for warning in read_folder(root / "train", DatasetInfo()).warnings]
+    (message,) = [text for text in messages if "unknown entry" in text]
+    assert (
+        "im_000.json: unknown entry 'classes' with a value for every box, and 1 more like it; it is not read" in message
+    )
+
+
+def test_a_folder_of_other_files_than_jsons_is_one_line(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_images=3)
+    for path in (root / "train" / "annotations").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(
+        BadDataError, match="no json for any of 3 pictures; the folder holds 3 other.*im_000.txt"
+    ) as caught:
+        read_folder(root / "train", DatasetInfo())
+    assert len(caught.value.findings) == 3 + 1  # a stray file is a warning
+
+
+def test_dataset_json_in_other_letters_is_not_left_out_in_silence(tmp_path):
+    (tmp_path / "Dataset.JSON").write_text('{"classes": ["dog", "cat"]}')
+    with pytest.raises(BadDataError, match=r"Dataset\.JSON: expected the name dataset\.json; rename the file"):
+        read_dataset_info(tmp_path)
+
+
+def test_a_label_in_other_letters_than_the_class_says_so(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_images=2)
+    edit(root, lambda e: e.update(labels=["Bolt "] * len(e["bboxes"])))
+    with pytest.raises(BadDataError, match="label 'Bolt '; differs from 'bolt' in upper and lower case or blanks"):
+        read_folder(root / "train", DatasetInfo(classes=("nut", "bolt")))

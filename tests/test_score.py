@@ -196,7 +196,10 @@ BAD_RESULTS = {
         [{"image_id": 1, "category_id": 1, "score": float("nan")}],
         r"number NaN at line 1 column \d+ is not allowed",
     ),
-    "no score": ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}], r"\[0\]: score is missing"),
+    "no score": (
+        [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+        "expected a list of results, got a list of annotations alone",
+    ),
     "text id": (
         [{"image_id": "a", "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}],
         r"not in the ground truth: a",

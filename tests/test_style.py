@@ -9,8 +9,8 @@ from helpers.drawn import ROOT
 
 # The floor plan, from the ground up. A file imports from lower floors, or from its own folder without a circle.
 FLOORS = (
-    ("process",),
-    ("utils", "files", "optimization", "pixels"),
+    ("process", "files"),
+    ("utils", "optimization", "pixels"),
     ("annotations", "models", "transforms", "group_by_aspect_ratio"),
     ("runtime", "presets", "coco_utils"),
     ("evaluation", "custom_dataset"),
