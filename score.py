@@ -31,12 +31,21 @@ from coco_utils import read_coco
 from evaluation.analysis import build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
-from evaluation.foreign_ids import find_foreign_ids
-from evaluation.results_files import detections_of_results, encode_masks, read_results
+from evaluation.foreign_ids import find_foreign_ids, find_other_form, find_shifted_categories
+from evaluation.results_files import (
+    check_images_of_results,
+    check_keypoints_of_results,
+    detections_of_results,
+    encode_masks,
+    read_results,
+)
 from files import write_aside
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("score")
+
+# So many categories stand in a warning.
+MAX_SHOWN = 5
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -109,11 +118,8 @@ def score(
     Raises:
         ValueError: A result's image is not in the ground truth, or sigmas do not fit.
     """
-    known_images, known_categories = set(annotations.image_ids.tolist()), {id_ for id_, _ in annotations.categories}
-    unknown = sorted({record["image_id"] for record in records} - known_images)
-    if unknown:
-        shown = ", ".join(str(id_texts.get(id_, id_)) for id_ in unknown[:10])
-        raise ValueError(f"{name}: {len(unknown)} image id(s) are not in the ground truth: {shown}")
+    check_images_of_results(records, annotations, name, id_texts)
+    known_categories = {id_ for id_, _ in annotations.categories}
     strange = [record["category_id"] for record in records if record["category_id"] not in known_categories]
     if strange:
         ids = ", ".join(str(id_texts.get(id_, id_)) for id_ in sorted(set(strange))[:10])
@@ -123,10 +129,7 @@ def score(
         encode_masks(records, annotations, name)
     values = None
     if "keypoints" in iou_types:
-        for n, record in enumerate(records):
-            if len(record.get("keypoints", ())) not in (0, 3 * annotations.num_keypoints):
-                found = f"{len(record['keypoints'])} numbers under 'keypoints'"
-                raise ValueError(f"{name}: [{n}]: {found}, the ground truth has 3 x {annotations.num_keypoints}")
+        check_keypoints_of_results(records, annotations, name)
         skeleton = Skeleton(annotations.keypoint_names)
         values, source = choose_sigmas(sigmas, skeleton, annotations.num_keypoints)
         logger.info("OKS sigmas from %s", source)
@@ -141,6 +144,49 @@ def score(
             detections[t] = detections_of_results([r for r in of_image if SCORE_KINDS[t].field in r], t)
         evaluator.add_by_type(image_id, detections)
     return evaluator, evaluator.compute()
+
+
+def _warn_of_misread_results(
+    annotations: Annotations, records: list[Record], name: str, id_texts: Mapping[int, str]
+) -> None:
+    """Warn where figures near 0 have a cause outside the detector: other ids, or boxes in another form."""
+    if not records:
+        logger.warning("%s: no results at all; every figure is 0", name)
+    form = find_other_form(annotations, records)
+    if form is not None:
+        logger.warning(
+            "%s: boxes hardly meet the objects of their picture, but would as %s; results have [x, y, width, height] "
+            "in pixels from the top left corner: convert them",
+            name,
+            form,
+        )
+    shifted = find_shifted_categories(annotations, records)
+    if shifted is not None:
+        names = dict(annotations.categories)
+        rows = [
+            f"{id_texts.get(given, given)!r} on {names[found]!r} (id {annotations.own_id(found)!r})"
+            for given, found in list(shifted.items())[:MAX_SHOWN]
+        ]
+        logger.warning(
+            "%s: boxes lie on objects of other categories than their category_id says: %s%s; the ids seem to be of "
+            "another numbering: give those of the ground truth",
+            name,
+            ", ".join(rows),
+            " ..." if len(shifted) > MAX_SHOWN else "",
+        )
+    foreign = find_foreign_ids(annotations, records)
+    if foreign is not None:
+        logger.warning(
+            "%s: boxes hardly meet the objects of their picture (mean IoU %.2f), but fit those of others (%.2f): those "
+            "of image_id %s fit %s, whose id is %s; the ids seem to be of another numbering (predict.py --ids-from "
+            "takes them from the ground truth)",
+            name,
+            foreign.own,
+            foreign.other,
+            annotations.own_id(foreign.image_id),
+            annotations.file_name(foreign.fits),
+            annotations.own_id(int(annotations.image_ids[foreign.fits])),
+        )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -168,19 +214,7 @@ def main(args: argparse.Namespace) -> int:
         name=args.predictions,
         id_texts=id_texts,
     )
-    foreign = find_foreign_ids(annotations, records)
-    if foreign is not None:
-        logger.warning(
-            "%s: boxes hardly meet the objects of their picture (mean IoU %.2f), but fit those of others (%.2f): those "
-            "of image_id %s fit %s, whose id is %s; the ids seem to be of another numbering (predict.py --ids-from "
-            "takes them from the ground truth)",
-            args.predictions,
-            foreign.own,
-            foreign.other,
-            annotations.own_id(foreign.image_id),
-            annotations.file_name(foreign.fits),
-            annotations.own_id(int(annotations.image_ids[foreign.fits])),
-        )
+    _warn_of_misread_results(annotations, records, args.predictions, id_texts)
     report = build_analysis(result)
     intervals = metric_intervals(result)
     if args.json:  # before anything is printed: a closed pipe ends the command there

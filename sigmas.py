@@ -25,7 +25,12 @@ from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info
-from evaluation.results_files import detections_of_results, read_results
+from evaluation.results_files import (
+    check_images_of_results,
+    check_keypoints_of_results,
+    detections_of_results,
+    read_results,
+)
 from evaluation.sigma_estimation import FEW_OBJECTS, check_independent, estimate_sigmas, format_card, read_annotator
 from utils import HelpFormatter, run_command
 
@@ -123,11 +128,15 @@ def print_card(args: argparse.Namespace) -> None:
 def print_curve(args: argparse.Namespace) -> None:
     """Print AP with all sigmas made smaller and larger."""
     annotations = read_coco(Path(args.ground_truth), uses=["keypoints"])
-    records, _ = read_results(Path(args.predictions), ["keypoints"])
+    records, id_texts = read_results(Path(args.predictions), ["keypoints"])
+    check_images_of_results(records, annotations, args.predictions, id_texts)
+    check_keypoints_of_results(records, annotations, args.predictions)
+    if not any("keypoints" in record for record in records):
+        raise ValueError(f"{args.predictions}: no result has 'keypoints', which the curve needs")
     sigmas, source = choose_sigmas(args.kpt_oks_sigmas, Skeleton(annotations.keypoint_names), annotations.num_keypoints)
     by_image: dict[int, list[Record]] = {image_id: [] for image_id in annotations.image_ids.tolist()}
     for record in records:
-        if "keypoints" in record and record["image_id"] in by_image:
+        if "keypoints" in record:
             by_image[record["image_id"]].append(record)
     print(f"keypoint AP against sigmas (from {source}) times a factor:")
     print(f"  {'factor':>6} {'AP':>8} {'AP50':>8} {'AP75':>8}")

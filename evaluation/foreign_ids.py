@@ -1,5 +1,10 @@
-"""Do results belong to other pictures than their ids say?"""
+"""Do results belong to other pictures or categories than their ids say, or are their boxes in another form?
 
+Figures near 0 have such causes more often than a detector that finds nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +18,19 @@ MAX_PICTURES = 200
 
 # Detections this far from their own picture's objects, and this near to another's, were made of that one.
 FAR, NEAR = 0.2, 0.8
+
+# From so many detections on objects a category is told; above this IoU a detection lies on an object.
+MIN_PAIRS, ON_OBJECT = 10, 0.7
+
+# Other forms of boxes, from [N, 4] and (width, height) of the picture to xyxy in pixels.
+_FORMS = {
+    "[x1, y1, x2, y2]": lambda b, size: b,
+    "[x, y, width, height] with x and y of the centre": lambda b, size: _from_centre(b),
+    "[y, x, height, width]": lambda b, size: xywh_to_xyxy(b[:, [1, 0, 3, 2]]),
+    "[x, y, width, height] as shares of the picture": lambda b, size: xywh_to_xyxy(b * size),
+    "[x1, y1, x2, y2] as shares of the picture": lambda b, size: b * size,
+    "YOLO's shares of the picture, x and y of the centre": lambda b, size: _from_centre(b * size),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,71 @@ def find_foreign_ids(annotations: Annotations, records: list[Record]) -> Foreign
         return None
     k = int(np.argmax(np.array(other) - np.array(own)))
     return ForeignIds(chosen[k], fits[k], float(np.mean(own)), float(np.median(other)))
+
+
+def _pictures(annotations: Annotations, records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (position, best detections, as many as it has objects) of up to `MAX_PICTURES` pictures with both."""
+    position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
+    counts = np.diff(annotations.object_starts)
+    of_image: dict[int, list[Record]] = {}
+    for record in records:
+        i = position_of[record["image_id"]]
+        if "bbox" in record and counts[i]:
+            of_image.setdefault(i, []).append(record)
+    for i in list(of_image)[:: -(-len(of_image) // MAX_PICTURES) or 1]:
+        yield i, sorted(of_image[i], key=lambda record: -record["score"])[: counts[i]]
+
+
+def find_shifted_categories(annotations: Annotations, records: Sequence[Record]) -> dict[int, int] | None:
+    """Return {category id of results: that of the objects they lie on} where these differ throughout, else None.
+
+    Args:
+        annotations: The ground truth.
+        records: Results, from `read_results`, of images of the ground truth.
+    """
+    pairs: Counter[tuple[int, int]] = Counter()
+    for i, best in _pictures(annotations, records):
+        objects = annotations.objects(i)
+        boxes = xywh_to_xyxy(np.array([record["bbox"] for record in best], dtype=np.float64))
+        overlap = _iou(boxes, xywh_to_xyxy(annotations.boxes_xywh[objects]))
+        found = annotations.category_ids[objects][overlap.argmax(axis=1)].tolist()
+        for record, category, iou in zip(best, found, overlap.max(axis=1).tolist()):
+            if iou >= ON_OBJECT:
+                pairs[record["category_id"], category] += 1
+    total, own = pairs.total(), sum(count for (given, found), count in pairs.items() if given == found)
+    usual: dict[int, tuple[int, int]] = {}
+    for (given, category), count in pairs.items():
+        usual[given] = max(usual.get(given, (0, 0)), (count, category))
+    if total < MIN_PAIRS or own >= FAR * total or sum(count for count, _ in usual.values()) < NEAR * total:
+        return None
+    return {given: category for given, (_, category) in sorted(usual.items())}
+
+
+def find_other_form(annotations: Annotations, records: Sequence[Record]) -> str | None:
+    """Return the form of box in which the results fit their pictures' objects, where that is not COCO's, else None.
+
+    Args:
+        annotations: The ground truth.
+        records: Results, from `read_results`, of images of the ground truth.
+    """
+    ious: dict[str, list[float]] = {name: [] for name in ("", *_FORMS)}
+    for i, best in _pictures(annotations, records):
+        truth = xywh_to_xyxy(annotations.boxes_xywh[annotations.objects(i)])
+        boxes = np.array([record["bbox"] for record in best], dtype=np.float64)
+        size = np.array([annotations.widths[i], annotations.heights[i]] * 2, dtype=np.float64)
+        ious[""] += _iou(xywh_to_xyxy(boxes), truth).max(axis=1).tolist()
+        for name, convert in _FORMS.items():
+            ious[name] += _iou(convert(boxes, size), truth).max(axis=1).tolist()
+    if len(ious[""]) < MIN_PAIRS:
+        return None
+    means = {name: float(np.mean(values)) for name, values in ious.items()}
+    own, best_form = means.pop(""), max(means, key=means.__getitem__)
+    return best_form if means[best_form] >= NEAR and means[best_form] > 1.5 * own else None
+
+
+def _from_centre(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes [N, 4] of centre, width and height as corners."""
+    return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
 
 
 def _iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:

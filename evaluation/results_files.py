@@ -5,7 +5,7 @@ import heapq
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -231,6 +231,52 @@ def _unwrapped(content: Any, name: str) -> Any:
         return content
     logger.warning("%s: the results stand under %r, expected a list of them alone; they are taken", name, scored[0])
     return content[scored[0]]
+
+
+def check_images_of_results(
+    records: Sequence[Record], annotations: Annotations, name: str, id_texts: Mapping[int, str]
+) -> None:
+    """Refuse results of images that the ground truth does not have.
+
+    Args:
+        records: From `read_results`.
+        annotations: The ground truth.
+        name: The results file, for messages.
+        id_texts: {number: text} of ids that are text in the results.
+
+    Raises:
+        ValueError: Their ids, and what they seem to be.
+    """
+    unknown = sorted({record["image_id"] for record in records} - set(annotations.image_ids.tolist()))
+    if not unknown:
+        return
+    texts = [str(id_texts.get(id_, id_)) for id_ in unknown]
+    id_of: dict[str, int] = {}
+    for i in range(len(annotations)):
+        file_name = annotations.file_name(i)
+        id_of |= dict.fromkeys((PurePosixPath(file_name).stem, PurePosixPath(file_name).name, file_name), i)
+    remedy = "give the ids of the ground truth (predict.py --ids-from takes them from it)"
+    if named := [text for text in texts if text in id_of]:
+        own_id = annotations.own_id(int(annotations.image_ids[id_of[named[0]]]))
+        remedy = f"{named[0]!r} is the file of the image with id {own_id!r}; give the ids of the ground truth"
+    raise ValueError(
+        f"{name}: {len(unknown)} image id(s) are not in the ground truth: {', '.join(texts[:10])}; {remedy}"
+    )
+
+
+def check_keypoints_of_results(records: Sequence[Record], annotations: Annotations, name: str) -> None:
+    """Refuse results with another number of keypoints than the ground truth has.
+
+    Raises:
+        ValueError: The first of them.
+    """
+    for n, record in enumerate(records):
+        if len(record.get("keypoints", ())) not in (0, 3 * annotations.num_keypoints):
+            found = f"{len(record['keypoints'])} numbers under 'keypoints'"
+            raise ValueError(
+                f"{name}: [{n}]: {found}, the ground truth has 3 x {annotations.num_keypoints}; give x, y, v for every "
+                "point"
+            )
 
 
 def encode_masks(records: Sequence[Record], annotations: Annotations, name: str) -> None:
