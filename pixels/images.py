@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from files import describe_content
 from pixels.image_files import unreadable_format
@@ -19,6 +19,18 @@ from pixels.value_range import ValueRange, to_levels
 
 # EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
 _QUARTER_TURNS = (5, 6, 7, 8)
+
+# What brings a picture that is shown as its EXIF orientation says back to what is stored.
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 # Pillow keeps the higher byte of 16-bit colours, by a raw mode that says which of the two comes first. The raw mode of
@@ -108,6 +120,13 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of the pixels in the file; Pillow gives a TIFF's as it is shown."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH]
+    return image.height, image.width
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; of a PNG only from before its pixels: a later one shows after decoding only."""
     if image.format == "PNG" and "exif" not in image.info:
@@ -124,7 +143,7 @@ def read_header(path: Path) -> ImageHeader:
     """
     try:
         with _open(path) as image:
-            return ImageHeader(image.height, image.width, _orientation(image), image.mode, _is_deep(image))
+            return ImageHeader(*_stored_size(image), _orientation(image), image.mode, _is_deep(image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
         raise BadImageError(path, f"cannot read the image header: {_reason(error, path)}") from error
 
@@ -152,7 +171,7 @@ def read_image(
     value_range = value_range or ValueRange()
     try:
         with _open(path) as image:
-            turns = apply_exif or (image.height, image.width) != size
+            turns = apply_exif or _stored_size(image) != size
             # The higher bytes alone are what 16 bits come to.
             if _is_deep(image) and not (image.mode in ("RGB", "RGBA") and value_range.of("whole") == (0, 65535)):
                 pixels = _as_colour(to_levels(_decode_values(image, path, turns), value_range))
@@ -200,8 +219,15 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _turned(image: Image.Image, turns: bool) -> Image.Image:
-    """Return an image as its EXIF orientation shows it, if ``turns``."""
-    return ImageOps.exif_transpose(image) if turns and _orientation(image) != 1 else image
+    """Return an image that is not decoded yet as its EXIF orientation shows it, if ``turns``, else as it is stored."""
+    orientation = _orientation(image)
+    if orientation == 1:
+        return image
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow turns these while it decodes
+        image.filename = ""  # else it maps grey files into memory with height and width swapped
+        image.load()
+        return image if turns else image.transpose(_TURN_BACK[orientation])
+    return ImageOps.exif_transpose(image) if turns else image
 
 
 def _decode_values(image: Image.Image, path: Path, turns: bool) -> np.ndarray:

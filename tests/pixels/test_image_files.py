@@ -86,6 +86,11 @@ def test_spellings_of_one_name_are_one():
         ("a.heic", b"\0\0\0\x18ftypheic", "the installed Pillow does not open .heic files"),
         ("a.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.jpg", b"<!DOCTYPE html><html></html>", "a web page"),
+        ("a.jpg", b"", "the file is empty"),
+        ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1", r"header: a picture \(HEIC\)"),
+        ("a.png", b"\x1f\x8b\x08\0\0", "packed with gzip; unpack it first"),
+        ("a.png", b"%PDF-1.4", "a PDF document"),
+        ("a.png", b"\x01\x02\x03\xfe\xff", "in no format that the installed Pillow reads"),
         ("a.jpg", b"pool/b.png", "the text 'pool/b.png' of a link"),
     ],
 )

@@ -112,6 +112,23 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         assert (pixels[:, :, 0] == turned[orientation]).all()
 
 
+TIFFS = {"plain": {}, "packed": {"compression": "tiff_lzw"}, "deep": {}}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", TIFFS)
+def test_a_tiff_is_turned_as_a_png_is(tmp_path, kind, orientation):
+    """Pillow turns TIFF files, and no others, while it decodes them, and gives their size as shown."""
+    grey = (RAMP.astype(np.uint16) * 257) if kind == "deep" else RAMP
+    exif = with_orientation(orientation)
+    tiff = save(Image.fromarray(grey), tmp_path / "a.tif", exif=exif, **TIFFS[kind])
+    png = save(Image.fromarray(grey), tmp_path / "a.png", exif=exif)
+    assert read_header(tiff) == read_header(png)
+    assert (read_image(tiff) == read_image(png)).all()
+    for size in ((48, 64), (64, 48)) if orientation > 4 else ((48, 64),):
+        assert (read_image(tiff, size, apply_exif=False) == read_image(png, size, apply_exif=False)).all()
+
+
 def test_coco_files_take_the_orientation_that_fits_their_size(tmp_path):
     image = Image.fromarray(np.repeat(RAMP[:, :, None], 3, axis=2))
     turned = save(image, tmp_path / "quarter.png", exif=with_orientation(6))
