@@ -12,13 +12,14 @@ import contextlib
 import difflib
 import logging
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from annotations.arrays import Annotations
 from annotations.fields import FIELDS
+from annotations.file_pairs import files_by_stem, missing_partner, similar_stem
 from annotations.findings import BadDataError, Findings
 from annotations.foreign_files import describe_json
 from annotations.forms import BOX, LABEL, MAX_NAME, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
@@ -26,7 +27,7 @@ from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
-from pixels.image_files import examples, is_picture_name, list_folder, printable, spelling, unreadable_format
+from pixels.image_files import examples, is_picture_name, list_folder
 from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
@@ -255,8 +256,8 @@ def _count_keypoints(objects: Sequence[Record]) -> int:
 def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]:
     """Return (stem, image, json) of every pair, in the order of the stems; stems hold the folders below ``images``."""
     pictures, jsons = split / "images", split / "annotations"
-    image_of = _files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
-    json_of = _files_by_stem(jsons, lambda name: name.lower().endswith(".json"), "not a json by its name", findings)
+    image_of = files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
+    json_of = files_by_stem(jsons, lambda name: name.lower().endswith(".json"), "not a json by its name", findings)
     if image_of and not json_of:
         others = [name for name in list_folder(jsons).files if is_text(name)]
         found = f"{len(others)} other file(s), such as {examples(others)}" if others else "nothing"
@@ -265,58 +266,13 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
         return []
     alone, without = sorted(set(image_of) - set(json_of)), sorted(set(json_of) - set(image_of))
     for stem in without:
-        problem = f"no image {pictures / stem}.*{_similar(stem, alone, image_of, pictures)}"
-        _missing_partner(findings, str(jsons / json_of[stem]), problem, "add the image or remove the json")
+        problem = f"no image {pictures / stem}.*{similar_stem(stem, alone, image_of, pictures)}"
+        missing_partner(findings, str(jsons / json_of[stem]), problem, "add the image or remove the json")
     for stem in alone:
-        problem = f"no annotation {jsons / stem}.json{_similar(stem, without, json_of, jsons)}"
+        problem = f"no annotation {jsons / stem}.json{similar_stem(stem, without, json_of, jsons)}"
         remedy = 'add it ({"bboxes": []} for an image without objects) or remove the image'
-        _missing_partner(findings, str(pictures / image_of[stem]), problem, remedy)
+        missing_partner(findings, str(pictures / image_of[stem]), problem, remedy)
     return [(stem, pictures / image_of[stem], jsons / json_of[stem]) for stem in sorted(set(image_of) & set(json_of))]
-
-
-def _files_by_stem(folder: Path, is_wanted: Callable[[str], bool], why_not: str, findings: Findings) -> dict[str, str]:
-    """Return {stem in its one spelling: name} of the wanted files below ``folder``; names every other file."""
-    content = list_folder(folder)
-    for name, reason in content.left_out:
-        if name == ".":
-            findings.error("image folder", str(folder), reason, "let this user read it")
-            continue
-        findings.warn("stray file", printable(str(folder / name)), reason, "it is not used")
-    found: dict[str, str] = {}
-    for name in content.files:
-        stem = spelling(str(PurePosixPath(name).with_suffix("")))
-        if not is_text(name):
-            findings.error("pairs", ascii(str(folder / name)), "the file's name is not UTF-8", "rename the file")
-        elif not is_wanted(name):
-            findings.warn("stray file", str(folder / name), why_not, "it is not used")
-        elif stem not in found:
-            found[stem] = name
-        elif unreadable_format(name) or unreadable_format(found[stem]):  # a phone's .heic beside its .jpg
-            used, unused = (found[stem], name) if unreadable_format(name) else (name, found[stem])
-            problem = f"{PurePosixPath(used).name} has the same stem, and {unreadable_format(unused)}"
-            findings.warn("stray file", str(folder / unused), problem, "it is not used")
-            found[stem] = used
-        else:
-            problem = f"{PurePosixPath(found[stem]).name} has the same stem"
-            findings.error("pairs", str(folder / name), problem, "give every file its own stem")
-    return found
-
-
-def _similar(stem: str, others: Sequence[str], name_of: dict[str, str], folder: Path) -> str:
-    """Say which file without a partner may be meant: one in another folder, or in other letters' case."""
-    for other in others:
-        if other.casefold() == stem.casefold():
-            return f"; {folder / name_of[other]} differs in upper and lower case"
-    same = [other for other in others if PurePosixPath(other).name == PurePosixPath(stem).name]
-    return f"; {folder / name_of[same[0]]} lies in another sub-folder" if len(same) == 1 else ""
-
-
-def _missing_partner(findings: Findings, place: str, problem: str, remedy: str) -> None:
-    """Report a file without its partner; with "skip" it is just not used."""
-    if findings.on_bad_data == "skip":
-        findings.warn("pairs", place, problem, "the file is not used")
-    else:
-        findings.error("pairs", place, problem, remedy)
 
 
 def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _Folder, findings: Findings) -> None:

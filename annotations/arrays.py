@@ -204,12 +204,17 @@ def default_cache_dir() -> Path:
 
 
 def cached_annotations(
-    source: Path, build: Callable[[], Annotations], cache_dir: Path | None = None, options: str = ""
+    source: Path,
+    build: Callable[[], Annotations],
+    cache_dir: Path | None = None,
+    options: str = "",
+    files: Sequence[str] = (),
 ) -> Annotations:
     """Return ``build()``, memory-mapped from a cache file when ``source`` was read before and has not changed.
 
     A cache file is named after the source's path and ``options`` and remembers its size, modification time
     and SHA-256. Equal size and time count as unchanged; equal size and another time are settled by the hash.
+    Of ``files`` names, sizes and times must be equal.
     The first process that needs a missing cache builds it under a file lock, others wait and map it. Where the folder
     cannot be written, or the lock is not given up, the annotations are built in memory, with a warning and nothing
     else lost.
@@ -219,23 +224,25 @@ def cached_annotations(
         build: Reads ``source``.
         cache_dir: Where cache files lie; by default `default_cache_dir`.
         options: Whatever else the result depends on.
+        files: Paths of all other files that the result depends on.
     """
     cache_dir = cache_dir or default_cache_dir()
     key = hashlib.sha256(f"{source.resolve()}\n{options}\n{CACHE_FORMAT}".encode()).hexdigest()[:16]
     path = cache_dir / f"{source.stem}-{key}.annotations"
     stamp_path = path.with_suffix(".json")
     with _locked(path.with_suffix(".lock"), f"another process, which reads {source} for the cache") as problem:
-        if problem is None and _is_fresh(source, stamp_path) and path.exists():
+        if problem is None and _is_fresh(source, files, stamp_path) and path.exists():
             try:
                 return load_annotations(path)
             except Exception as error:  # damaged by a crash or a full disk: build it anew
                 logger.warning("annotation cache %s is unreadable (%s): building it anew", path, error)
+        of_files = _stamp_of_files(files)  # as they are before they are read
         annotations = build()
         try:
             if problem is not None:
                 raise problem
             save_annotations(annotations, path)
-            _write_stamp(stamp_path, _stamp(source, with_hash=True))
+            _write_stamp(stamp_path, {**_stamp(source, with_hash=True), **of_files})
             return load_annotations(path)
         except (OSError, WaitError) as error:
             logger.warning("no annotation cache in %s (%s); every start reads %s anew", cache_dir, error, source)
@@ -290,19 +297,33 @@ def _stamp(source: Path, with_hash: bool) -> dict[str, Any]:
     return stamp
 
 
-def _is_fresh(source: Path, stamp_path: Path) -> bool:
-    """Tell whether the cache that ``stamp_path`` describes was made from ``source`` as it is now."""
+def _stamp_of_files(files: Sequence[str]) -> dict[str, Any]:
+    """Return what identifies the names and, by sizes and times, the contents of files; nothing for no files."""
+    if not files:
+        return {}
+    digest = hashlib.sha256()
+    for name in files:
+        try:
+            status = os.stat(name)  # noqa: PTH116 - of a hundred thousand files
+            digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+        except OSError:
+            digest.update(os.fsencode(f"{name}\0missing\0"))
+    return {"files": digest.hexdigest()}
+
+
+def _is_fresh(source: Path, files: Sequence[str], stamp_path: Path) -> bool:
+    """Tell whether the cache that ``stamp_path`` describes was made from ``source`` and ``files`` as they are now."""
     try:
         old = json.loads(stamp_path.read_text())
     except (OSError, ValueError):
         return False
-    new = _stamp(source, with_hash=False)
-    if old.get("size") != new["size"]:
+    new, of_files = _stamp(source, with_hash=False), _stamp_of_files(files)
+    if old.get("size") != new["size"] or old.get("files") != of_files.get("files"):
         return False
     if old.get("mtime_ns") == new["mtime_ns"]:
         return True
     new = _stamp(source, with_hash=True)
     if old.get("sha256") != new["sha256"]:
         return False
-    _write_stamp(stamp_path, new)
+    _write_stamp(stamp_path, {**new, **of_files})
     return True

@@ -16,7 +16,7 @@ from annotations.arrays import Annotations
 from inspection.anchor_reach import AnchorReach, ObjectSizes
 from inspection.observations import NUM_EXAMPLES, Observation, observe_worst
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
-from loading.splits import Split
+from loading.split import Split
 from pixels.geometry import xywh_to_xyxy
 
 # A class with fewer training objects is called rare.

@@ -30,7 +30,8 @@ from inspection.duplicates import Fingerprints, find_equal_pairs, fingerprint_im
 from inspection.keypoint_statistics import check_keypoint_labels, format_keypoints
 from inspection.observations import Observation, observe_worst
 from loading.samples import ImageFolder
-from loading.splits import Data, Source, Split, load_data
+from loading.split import Split
+from loading.splits import Data, Source, load_data
 from models.architectures import ModelSpec
 
 Built = TypeVar("Built")

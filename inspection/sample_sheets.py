@@ -11,7 +11,7 @@ from torch import Tensor
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
 from loading.samples import DetectionDataset
-from loading.splits import Split
+from loading.split import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_mask
 from report.drawing import Drawn, contact_sheet, draw_objects, save_picture

@@ -12,8 +12,8 @@ import numpy as np
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from annotations.arrays import Annotations, cached_annotations
-from annotations.findings import Finding, Findings
-from annotations.image_checks import check_decoding, check_files, check_headers, find_shared_files
+from annotations.findings import Findings
+from annotations.image_checks import check_decoding, check_files, find_shared_files
 from annotations.labels import LabelMap
 from annotations.skeleton import (
     Skeleton,
@@ -25,8 +25,9 @@ from annotations.skeleton import (
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
 from loading.brightness import dataset_value_range
-from loading.samples import ImageFolder, ImageSource
+from loading.samples import ImageFolder
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from loading.split import Split, checked_split, implied_pairs, log_warnings
 from pixels.image_files import examples
 from pixels.value_range import ValueRange
 
@@ -34,32 +35,6 @@ logger = logging.getLogger(__name__)
 
 # COCO's 80 classes by their ids 1 to 90; the ten gaps are called N/A.
 COCO_NAMES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a dataset.
-
-    Attributes:
-        name: For messages.
-        annotations: All images of the split with their objects, unusable images included.
-        images: Where the pixels come from.
-        indices: The usable images, int64.
-        skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
-        unused: Pictures below the image folder that no entry names.
-    """
-
-    name: str
-    annotations: Annotations
-    images: ImageSource
-    indices: np.ndarray
-    skeleton: Skeleton = field(default_factory=Skeleton)
-    unused: tuple[str, ...] = ()
-
-    def shown_in(self, value_range: ValueRange) -> "Split":
-        """Return the split with these values as black and white, where its pictures are files."""
-        images = replace(self.images, value_range=value_range) if isinstance(self.images, ImageFolder) else self.images
-        return replace(self, images=images)
 
 
 @dataclass(frozen=True)
@@ -106,16 +81,11 @@ def load_coco_split(
         cache_dir,
         options=f"{on_bad_data} {' '.join(uses)}",
     )
+    skeleton = Skeleton(annotations.keypoint_names, annotations.skeleton, implied_pairs(annotations.keypoint_names))
     findings = Findings(on_bad_data)
-    files = check_files(annotations, paths.images, findings)
-    annotations = annotations.with_file_names(files.respelled)
-    present = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
-    check_headers(annotations, paths.images, findings, cache_dir=cache_dir, indices=present)
-    findings.raise_errors()
-    _log_warnings((*annotations.warnings, *findings.warnings()))
-    skeleton = Skeleton(annotations.keypoint_names, annotations.skeleton, _implied_pairs(annotations.keypoint_names))
-    indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
-    return Split(str(paths.annotations), annotations, ImageFolder(paths.images), indices, skeleton, files.unused)
+    return checked_split(
+        str(paths.annotations), annotations, ImageFolder(paths.images), skeleton, findings, cache_dir=cache_dir
+    )
 
 
 def load_custom_split(
@@ -149,23 +119,14 @@ def load_custom_split(
     present = np.setdiff1d(np.arange(len(annotations)), missing)
     check_decoding(annotations, folder, findings, apply_exif=True, cache_dir=cache_dir, indices=present)
     findings.raise_errors()
-    _log_warnings((*annotations.warnings, *findings.warnings()))
+    log_warnings((*annotations.warnings, *findings.warnings()))
     count = annotations.num_keypoints
     links = tuple((a, b) for a, b in info.skeleton.links if 0 <= a < count and 0 <= b < count)
     skeleton = replace(info.skeleton, links=links)
     if skeleton.flip_pairs is None and skeleton.names:
-        skeleton = Skeleton(skeleton.names, skeleton.links, _implied_pairs(skeleton.names), skeleton.sigmas)
+        skeleton = Skeleton(skeleton.names, skeleton.links, implied_pairs(skeleton.names), skeleton.sigmas)
     indices = np.setdiff1d(np.arange(len(annotations)), sorted(findings.dropped_images))
     return Split(str(folder), annotations, ImageFolder(folder, apply_exif=True), indices, skeleton)
-
-
-def _implied_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
-    """Return `infer_flip_pairs`; None with a warning where a name that seems to have a side stands alone."""
-    try:
-        return infer_flip_pairs(names)
-    except ValueError as error:
-        logger.warning("%s; if the keypoints are trained on, pictures are not mirrored", error)
-        return None
 
 
 def load_shapes_split(role: str) -> Split:
@@ -430,11 +391,6 @@ def _proven_flip_order(split: Split) -> np.ndarray | None:
     names = split.skeleton.names or tuple(map(str, range(annotations.num_keypoints)))
     logger.info("keypoints that swap in a mirror: %s", ", ".join(f"{names[a]}-{names[b]}" for a, b in pairs) or "none")
     return order
-
-
-def _log_warnings(warnings: Sequence[Finding]) -> None:
-    for finding in warnings:
-        logger.warning("%s", finding)
 
 
 def label_map_for(annotations: Annotations) -> LabelMap:

@@ -14,7 +14,8 @@ from annotations.findings import Findings
 from annotations.labels import LabelMap
 from annotations.normalised import NORMALISED, look_normalised
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
-from loading.splits import Data, Split
+from loading.split import Split
+from loading.splits import Data
 from models.architectures import ModelSpec
 from models.resize import describe_vanishing, leaves_nothing, resize_scales, short_sides
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from annotations.skeleton import COCO_PERSON_KEYPOINTS
-from loading.splits import Split
+from loading.split import Split
 
 # Torchvision trains on an image of persons only if it shows at least so many labelled keypoints.
 MIN_PERSON_KEYPOINTS = 10

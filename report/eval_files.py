@@ -18,7 +18,7 @@ import numpy as np
 from coco_eval import CocoEvaluator
 from evaluation.analysis import Analysis, ImageScores, score_images
 from evaluation.coco_metrics import SCORE_KINDS
-from loading.splits import Split
+from loading.split import Split
 from report import plots
 from report.eval_pictures import Example, draw_examples
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, SUMMARY, is_installed

@@ -13,7 +13,7 @@ from coco_eval import CocoEvaluator
 from evaluation.analysis import ImageScores
 from evaluation.detections import Detections
 from evaluation.results_files import read_results_of_images
-from loading.splits import Split
+from loading.split import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_rle
 from report.drawing import Drawn, contact_sheet, draw_objects, save_picture

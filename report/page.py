@@ -15,7 +15,7 @@ from typing import Any
 from coco_eval import CocoEvaluator
 from evaluation.coco_metrics import SCORE_KINDS
 from files import write_aside
-from loading.splits import Split
+from loading.split import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, is_installed, read_summary

@@ -16,7 +16,8 @@ from annotations.arrays import Annotations
 from annotations.labels import LabelMap
 from helpers.drawn import draw_coco, draw_folder
 from loading.samples import trainable_objects
-from loading.splits import CocoPaths, Split, label_map_for, load_coco_split
+from loading.split import Split
+from loading.splits import CocoPaths, label_map_for, load_coco_split
 from loading.trainable import CROWD, EMPTY, UNUSED, VANISHES, count_trainable, vanishing_images
 from models.architectures import ModelSpec
 

@@ -11,7 +11,8 @@ from coco_eval import CocoEvaluator
 from helpers.ranks import run_on_ranks
 from helpers.shaken import limit_proposals, shake
 from loading.loaders import build_val_loader
-from loading.splits import Data, Source, Split, load_data
+from loading.split import Split
+from loading.splits import Data, Source, load_data
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
 from training.evaluate_model import EvalSetup, evaluate_model
 from utils import Distributed

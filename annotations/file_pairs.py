@@ -1,0 +1,53 @@
+"""Pictures and the files beside them that share a stem: found in folders, every file that is not used named."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+from annotations.findings import Findings
+from pixels.image_files import list_folder, printable, spelling, unreadable_format
+from pixels.images import is_text
+
+
+def files_by_stem(folder: Path, is_wanted: Callable[[str], bool], why_not: str, findings: Findings) -> dict[str, str]:
+    """Return {stem in its one spelling: name} of the wanted files below ``folder``; names every other file."""
+    content = list_folder(folder)
+    for name, reason in content.left_out:
+        if name == ".":
+            findings.error("image folder", str(folder), reason, "let this user read it")
+            continue
+        findings.warn("stray file", printable(str(folder / name)), reason, "it is not used")
+    found: dict[str, str] = {}
+    for name in content.files:
+        stem = spelling(str(PurePosixPath(name).with_suffix("")))
+        if not is_text(name):
+            findings.error("pairs", ascii(str(folder / name)), "the file's name is not UTF-8", "rename the file")
+        elif not is_wanted(name):
+            findings.warn("stray file", str(folder / name), why_not, "it is not used")
+        elif stem not in found:
+            found[stem] = name
+        elif unreadable_format(name) or unreadable_format(found[stem]):  # a phone's .heic beside its .jpg
+            used, unused = (found[stem], name) if unreadable_format(name) else (name, found[stem])
+            problem = f"{PurePosixPath(used).name} has the same stem, and {unreadable_format(unused)}"
+            findings.warn("stray file", str(folder / unused), problem, "it is not used")
+            found[stem] = used
+        else:
+            problem = f"{PurePosixPath(found[stem]).name} has the same stem"
+            findings.error("pairs", str(folder / name), problem, "give every file its own stem")
+    return found
+
+
+def similar_stem(stem: str, others: Sequence[str], name_of: dict[str, str], folder: Path) -> str:
+    """Say which file without a partner may be meant: one in another folder, or in other letters' case."""
+    for other in others:
+        if other.casefold() == stem.casefold():
+            return f"; {folder / name_of[other]} differs in upper and lower case"
+    same = [other for other in others if PurePosixPath(other).name == PurePosixPath(stem).name]
+    return f"; {folder / name_of[same[0]]} lies in another sub-folder" if len(same) == 1 else ""
+
+
+def missing_partner(findings: Findings, place: str, problem: str, remedy: str) -> None:
+    """Report a file without its partner; with "skip" it is just not used."""
+    if findings.on_bad_data == "skip":
+        findings.warn("pairs", place, problem, "the file is not used")
+    else:
+        findings.error("pairs", place, problem, remedy)
