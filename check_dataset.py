@@ -12,11 +12,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from coco_utils import write_coco
 from flag_checks import check_data_args
 from flags import add_data_flags, add_model_choice, data_source, keeps_negatives, wanted_spec
 from inspection.diagnosis import Trial, check_pictures, look_at_objects, look_at_pictures, try_training_data
@@ -29,10 +31,14 @@ from inspection.observations import (
 )
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
+from loading.samples import ImageFolder
+from loading.split import Split
 from loading.splits import Data
 from loading.trainable import check_against_model, vanishing_images
 from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
+from pixels.image_files import examples
+from pixels.images import read_header
 from utils import Distributed, HelpFormatter, choose_device, run_command
 
 
@@ -51,6 +57,11 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "--view", default=0, type=int, metavar="N", help="draw N samples as annotated and as augmented; 0: none"
     )
     group.add_argument("--output-dir", default="runs/check", metavar="DIR", help="write --view's pictures here")
+    group.add_argument(
+        "--write-coco",
+        metavar="DIR",
+        help="write both splits as COCO json files into this folder",
+    )
     group.add_argument("--seed", default=0, type=int, help="draw samples and their augmentation from this number")
     add_data_flags(parser)
     add_model_choice(parser.add_argument_group("model"))
@@ -115,7 +126,49 @@ def main(args: argparse.Namespace) -> int:
         print(f"samples as annotated: {paths[0]}; as {args.data_augmentation} augments them: {paths[1]}")
     elif args.view:
         print("--view: no samples are drawn where training would stop at errors; mend them, or --on-bad-data skip")
+    if args.write_coco and trial.errors:
+        print("--write-coco: nothing is written where training would stop at errors; mend them, or --on-bad-data skip")
+    elif args.write_coco and data is not None:
+        print("\n".join(write_splits(Path(args.write_coco), data)))
     return 1 if trial.errors else 0
+
+
+def write_splits(folder: Path, data: Data) -> list[str]:
+    """Write ``train.json`` and ``val.json`` into ``folder``; returns lines that say how to use them.
+
+    Pictures are not copied: file names are relative to the folder that the lines name. Pictures that cannot be used are
+    left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    flags: list[str] = []
+    for role, split in (("train", data.train), ("val", data.val)):
+        if split is None:
+            continue
+        path = folder / f"{role}.json"
+        write_coco(split.annotations, path, split.indices)
+        lines.append(f"{path}: {len(split.indices)} pictures of {split.name}")
+        if isinstance(split.images, ImageFolder):
+            lines[-1] += f"; file_name is relative to {split.images.root}"
+            given = [f"--{role}-images", str(split.images.root), f"--{role}-annotations", str(path)]
+            flags += map(shlex.quote, given)
+            turned = unsaid_turns(split)
+            if turned:
+                problem = f"{len(turned)} picture(s) are turned by EXIF without a change of size: {examples(turned)}"
+                lines.append(f"warning: {problem}; who reads COCO files takes them unturned: save them turned")
+    if flags:
+        kind = "coco_kp" if data.num_keypoints else "coco"
+        lines.append(f"to train on them: --dataset {kind} {' '.join(flags)}")
+    return lines
+
+
+def unsaid_turns(split: Split) -> list[str]:
+    """Return the pictures whose EXIF rotation the size in a COCO file cannot say, where annotations follow EXIF."""
+    if not isinstance(split.images, ImageFolder) or not split.images.apply_exif:
+        return []
+    names = map(split.annotations.file_name, split.indices.tolist())
+    headers = ((name, read_header(split.images.root / name)) for name in names)
+    return [name for name, h in headers if h.orientation != 1 and (h.height, h.width) == h.shown_size]
 
 
 def format_report(

@@ -30,6 +30,7 @@ from annotations.record_checks import (
 )
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import Segmentations, check_segmentations
+from files import write_aside
 from pixels.masks import area_of_polygons
 
 # A larger file would need some forty gigabytes of memory to parse.
@@ -328,3 +329,20 @@ def to_coco(annotations: Annotations, indices: np.ndarray | None = None) -> dict
         for i in indices.tolist()
     ]
     return {"info": {}, "images": images, "annotations": objects, "categories": categories}
+
+
+def write_coco(annotations: Annotations, path: Path, indices: np.ndarray | None = None) -> None:
+    """Write what `to_coco` returns as json, with the ids that the dataset's own files have; `read_coco` reads it.
+
+    File names stay relative to the folder of the pictures.
+    """
+    content = to_coco(annotations, indices)
+    own = annotations.own_id
+    for image in content["images"]:
+        image["id"] = own(image["id"])
+    for category in content["categories"]:
+        category["id"] = own(category["id"])
+    for record in content["annotations"]:
+        record["image_id"], record["category_id"] = own(record["image_id"]), own(record["category_id"])
+    with write_aside(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")

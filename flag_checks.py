@@ -85,8 +85,10 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     given = [f"--{name.replace('_', '-')}" for name in _PATH_FLAGS if getattr(args, name)]
     if given and not DATASETS[args.dataset].has_coco_files:
         parser.error(f"{given[0]}: files of their own go with --dataset coco or coco_kp, not {args.dataset}")
-    if args.dataset == "coco" and architecture.task == "keypoint":
-        parser.error(f"--model {args.model} learns keypoints: use --dataset coco_kp (persons), custom or shapes")
+    if architecture.task not in DATASETS[args.dataset].tasks:
+        others = ", ".join(name for name, kind in DATASETS.items() if architecture.task in kind.tasks)
+        learns = f"--model {args.model} learns {architecture.task}s beside boxes"
+        parser.error(f"{learns}, which --dataset {args.dataset} does not have: use one of {others}")
     if architecture.fixed_size is not None and (args.min_size or args.max_size):
         parser.error(f"--min-size and --max-size: {args.model} always resizes to {architecture.fixed_size}")
     if architecture.fixed_size is not None and PRESETS[args.data_augmentation].resizes:

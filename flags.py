@@ -72,12 +72,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-path", default=DEFAULT_DATA_PATH, metavar="DIR",
-        help="read the dataset in this folder; for custom, ./custom if not given"
+        help="read the dataset in this folder; for yolo, the file data.yaml; for custom, ./custom if not given"
     )  # fmt: skip
     group.add_argument(
         "--dataset", default="coco", type=str.lower, choices=DATASETS,
-        help="read COCO's objects (coco), COCO-style keypoints (coco_kp), one json per image (custom), or "
-        "draw shapes (shapes)"
+        help="read COCO's objects (coco), COCO-style keypoints (coco_kp), one json per image (custom), YOLO's text "
+        "files (yolo), Pascal VOC's xmls (voc), or draw shapes (shapes)"
     )  # fmt: skip
     group.add_argument("--train-images", metavar="DIR", help="read training images of another COCO-style set here")
     group.add_argument("--train-annotations", metavar="FILE", help="read the COCO json of --train-images here")
@@ -85,7 +85,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-annotations", metavar="FILE", help="read the COCO json of --val-images here")
     group.add_argument(
         "--keep-negatives", action=argparse.BooleanOptionalAction, default=None,
-        help="train on images without objects too; default: only for custom and shapes"
+        help="train on images without objects too; default: for all but coco and coco_kp"
     )  # fmt: skip
     group.add_argument(
         "--on-bad-data", default="error", choices=ON_BAD_DATA, help="stop at faulty objects and images, or skip them"

@@ -8,8 +8,22 @@ from pixels.image_files import list_folder, printable, spelling, unreadable_form
 from pixels.images import is_text
 
 
-def files_by_stem(folder: Path, is_wanted: Callable[[str], bool], why_not: str, findings: Findings) -> dict[str, str]:
-    """Return {stem in its one spelling: name} of the wanted files below ``folder``; names every other file."""
+def files_by_stem(
+    folder: Path,
+    is_wanted: Callable[[str], bool],
+    why_not: str,
+    findings: Findings,
+    is_known: Callable[[str], bool] = lambda name: False,
+) -> dict[str, str]:
+    """Return {stem in its one spelling: name} of the wanted files below ``folder``; names every other file.
+
+    Args:
+        folder: Where to look, to any depth.
+        is_wanted: Tells by its name whether a file is wanted.
+        why_not: What is said of a file that is not.
+        findings: Collects what is wrong.
+        is_known: Tells by its name whether a file that is not wanted is at home there, and is not named.
+    """
     content = list_folder(folder)
     for name, reason in content.left_out:
         if name == ".":
@@ -22,7 +36,8 @@ def files_by_stem(folder: Path, is_wanted: Callable[[str], bool], why_not: str, 
         if not is_text(name):
             findings.error("pairs", ascii(str(folder / name)), "the file's name is not UTF-8", "rename the file")
         elif not is_wanted(name):
-            findings.warn("stray file", str(folder / name), why_not, "it is not used")
+            if not is_known(name):
+                findings.warn("stray file", str(folder / name), why_not, "it is not used")
         elif stem not in found:
             found[stem] = name
         elif unreadable_format(name) or unreadable_format(found[stem]):  # a phone's .heic beside its .jpg

@@ -136,7 +136,7 @@ def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.nd
         raise ValueError(
             f"flip_pairs look wrong: on {count} labelled objects the mirrored skeleton fits the mean one "
             f"worse with the pairs than without (squared distance {with_map:.4f} against "
-            f"{without:.4f}, in units of the box); correct them in dataset.json"
+            f"{without:.4f}, in units of the box); correct them in dataset.json (YOLO: flip_idx in data.yaml)"
         )
     # Pairs found on one half of the objects are judged on the other: on the same ones chance would look like proof.
     mean = _mean_layout(layout[::2], labelled[::2])
@@ -148,8 +148,8 @@ def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.nd
         raise ValueError(
             f"flip_pairs look wrong: expected {pairs} (keypoints from 0) among them: on {count} labelled objects the "
             f"mirrored skeleton fits the mean one better with than without (squared distance {without:.4f} against "
-            f"{with_map:.4f}, in units of the box); add what is missing, or leave flip_pairs out of dataset.json: "
-            "pictures are then mirrored only if names with left and right say how"
+            f"{with_map:.4f}, in units of the box); add what is missing, or leave flip_pairs out of dataset.json "
+            "(YOLO: flip_idx of data.yaml): pictures are then mirrored only if names with left and right say how"
         )
 
 

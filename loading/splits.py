@@ -28,6 +28,8 @@ from loading.brightness import dataset_value_range
 from loading.samples import ImageFolder
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from loading.split import Split, checked_split, implied_pairs, log_warnings
+from loading.voc_dataset import load_voc_split
+from loading.yolo_dataset import load_yolo_split
 from pixels.image_files import examples
 from pixels.value_range import ValueRange
 
@@ -183,12 +185,14 @@ class DatasetKind:
         has_coco_files: Whether a split is one annotation file and a folder of images, which flags may name.
         has_own_json: Whether every image has a json of its own, with boxes as corners.
         keeps_negatives: Whether images without objects are trained on unless ``--no-keep-negatives``.
+        tasks: What models may learn from it: ``box``, ``mask``, ``keypoint``.
     """
 
     load: Callable[[Source, str, Sequence[str], dict[str, Any]], Split]
     has_coco_files: bool = False
     has_own_json: bool = False
     keeps_negatives: bool = False
+    tasks: tuple[str, ...] = tuple(_USES)
 
 
 def _load_coco(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:
@@ -200,10 +204,20 @@ def _load_custom(source: Source, role: str, classes: Sequence[str], options: dic
     return load_custom_split(source.root, role, classes=classes, **options)
 
 
+def _load_yolo(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:
+    return load_yolo_split(source.root, role, **options)
+
+
+def _load_voc(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:
+    return load_voc_split(source.root, role, classes=classes, **options)
+
+
 DATASETS = {
-    "coco": DatasetKind(_load_coco, has_coco_files=True),
+    "coco": DatasetKind(_load_coco, has_coco_files=True, tasks=("box", "mask")),
     "coco_kp": DatasetKind(_load_coco, has_coco_files=True),
     "custom": DatasetKind(_load_custom, has_own_json=True, keeps_negatives=True),
+    "yolo": DatasetKind(_load_yolo, keeps_negatives=True),
+    "voc": DatasetKind(_load_voc, keeps_negatives=True, tasks=("box",)),
     "shapes": DatasetKind(lambda source, role, classes, options: load_shapes_split(role), keeps_negatives=True),
 }
 
@@ -380,7 +394,7 @@ def _proven_flip_order(split: Split) -> np.ndarray | None:
     if pairs is None:
         logger.info(
             'no mirroring in training: which keypoints swap is not known; give "flip_pairs" in dataset.json '
-            "([] only if no keypoint has a left or right partner) or names with left and right"
+            "([] only if no keypoint has a left or right partner; YOLO: flip_idx) or names with left and right"
         )
         return None
     order = flip_order(pairs, annotations.num_keypoints)
