@@ -244,7 +244,7 @@ def _flip_pairs(path: Path, value: Any, count: int, findings: Findings) -> tuple
     if value is None or value == []:
         return None
     try:
-        order = [_INDEX.read(k)[0] for k in value]
+        order = [_INDEX.read(k)[0] for k in value] if isinstance(value, list) else []
         if sorted(order) != list(range(count)):
             raise ValueError
         pairs = tuple((k, order[k]) for k in range(count) if k < order[k])
