@@ -1,7 +1,9 @@
 """The doctor finds what was planted, nothing on clean data, and says what training says."""
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -11,10 +13,13 @@ from PIL import ExifTags, Image
 
 import check_dataset
 import train
+from coco_utils import read_coco
 from flags import data_source
 from helpers.drawn import draw_coco, draw_folder, edit
+from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from inspection.diagnosis import collected_log
 from inspection.observations import NUM_EXAMPLES
+from loading.shapes_dataset import shapes_annotations
 from loading.splits import load_data
 from models.architectures import ARCHITECTURES
 from pixels.images import BadImageError
@@ -372,3 +377,96 @@ def test_drawn_shapes_give_no_warning(capsys):
     torch.manual_seed(0)
     code, text = diagnose("unused", ("--dataset", "shapes", "--model", "keypointrcnn_resnet50_fpn"), capsys)
     assert code == 0 and "no errors, 0 warning(s)" in text
+
+
+def text_ids(root):
+    """A COCO dataset whose ids are text, as some tools write them."""
+    coco(root)
+    for role in ("train", "val"):
+        path = root / "annotations" / f"instances_{role}2017.json"
+        content = json.loads(path.read_text())
+        for record in (*content["images"], *content["categories"]):
+            record["id"] = f"id {record['id']}"
+        for record in content["annotations"]:
+            record.update(image_id=f"id {record['image_id']}", category_id=f"id {record['category_id']}")
+        path.write_text(json.dumps(content))
+    return root
+
+
+def yolo(root):
+    splits = same_classes(read_splits(coco(root / "coco"), crowds=False))
+    return write_yolo(root / "yolo", splits, rows="outlines")
+
+
+def voc(root):
+    return write_voc(root / "voc", same_classes(read_splits(coco(root / "coco"))))
+
+
+YOLO = ("--dataset", "yolo", "--model", "maskrcnn_resnet50_fpn")
+VOC = ("--dataset", "voc", "--model", "ssdlite320_mobilenet_v3_large")
+SHAPES = ("--dataset", "shapes", "--model", "keypointrcnn_resnet50_fpn")
+FORMATS = [(coco, MASKS), (persons, PERSONS), (text_ids, MASKS), (custom, POINTS), (yolo, YOLO), (voc, VOC)]
+
+
+@pytest.mark.parametrize(("draw", "flags"), FORMATS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_dataset_written_as_coco_is_read_as_the_same_annotations(draw, flags, tmp_path, capsys):
+    path = draw(tmp_path / "data")
+    code, text = diagnose(path, flags, capsys, "--write-coco", str(tmp_path / "out" / "coco"))
+    assert code == 0 and re.search(r"train\.json: \d+ pictures of .*; file_name is relative to \S+$", text, re.M), text
+    (line,) = re.findall(r"^to train on them: (.*)$", text, re.M)
+    parser = check_dataset.get_args_parser()
+    task = ARCHITECTURES[flags[-1]].task
+    before = load_data(data_source(parser.parse_args([*flags, "--data-path", str(path)])), task)
+    after = load_data(data_source(parser.parse_args([*shlex.split(line), "--model", flags[-1]])), task)
+    for one, other in ((before.train, after.train), (before.val, after.val)):
+        for field in dataclasses.fields(one.annotations):
+            old, new = getattr(one.annotations, field.name), getattr(other.annotations, field.name)
+            if isinstance(old, np.ndarray):
+                np.testing.assert_array_equal(old, new, field.name)
+                assert old.dtype == new.dtype
+            elif field.name == "id_texts":
+                assert dict(old) == dict(new)
+            elif field.name not in ("cache_file", "warnings"):
+                assert old == new, field.name
+        assert one.images.root == other.images.root
+        pixels = one.images.read(one.annotations, 1)
+        np.testing.assert_array_equal(pixels, other.images.read(other.annotations, 1))
+
+
+def test_shapes_are_written_as_coco_without_a_folder_of_pictures(tmp_path, capsys):
+    assert check_dataset.run([*SHAPES, "--no-images", "--write-coco", str(tmp_path)]) == 0
+    assert "file_name" not in capsys.readouterr().out
+    annotations = read_coco(tmp_path / "val.json", uses=["segm", "keypoints"])
+    np.testing.assert_array_equal(annotations.keypoints, shapes_annotations("val").keypoints)
+
+
+def test_nothing_is_written_as_coco_where_training_would_stop(tmp_path, capsys):
+    root = custom(tmp_path / "data")
+    set_first("bboxes", [50, 10, 20, 40])(root)
+    code, text = diagnose(root, POINTS, capsys, "--write-coco", str(tmp_path / "out"))
+    assert code == 1 and "--write-coco: nothing is written" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("orientation", "is_warned"), [(3, True), (6, False)])
+def test_turns_that_coco_files_cannot_say_are_warned_of(tmp_path, capsys, orientation, is_warned):
+    root = custom(tmp_path / "data")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = root / "train" / "images" / "im_000.png"
+    image = Image.open(path)
+    (image if orientation == 3 else image.rotate(90, expand=True)).save(path, exif=exif)
+    _, text = diagnose(root, POINTS, capsys, "--write-coco", str(tmp_path / "out"))
+    assert ("warning: 1 picture(s) are turned by EXIF without a change of size: images/im_000.png" in text) == is_warned
+
+
+@pytest.mark.parametrize(("draw", "flags"), [(yolo, YOLO), (voc, VOC)], ids=["yolo", "voc"])
+def test_other_formats_are_looked_over_like_all_data(draw, flags, tmp_path, capsys):
+    path = draw(tmp_path / "data")
+    code, text = diagnose(path, flags, capsys)
+    assert code == 0 and "no errors" in text and re.search(r"\d+ objects", text), text
+    shutil.copy(*sorted((tmp_path / "data").glob(f"{flags[1]}/**/*.png"))[:4:3])  # of the same size
+    code, text = diagnose(path, flags, capsys)
+    assert code == 0 and "copies" in text, text
+    truncate(next((tmp_path / "data").glob(f"{flags[1]}/**/*.png")), 200)(tmp_path)
+    code, text = diagnose(path, flags, capsys)
+    assert code == 1 and "cannot" in text, text
