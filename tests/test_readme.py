@@ -190,6 +190,8 @@ def test_every_flag_is_explained_and_every_flag_mentioned_exists():
             options |= set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text()))
     options |= {"--no-images", "--no-overlays"}  # argparse makes them
     of_others = {"--check", "--dist", "--dport", "--logdir", "--signal"}  # ruff, pytest, iptables, tensorboard, sbatch
+    of_others |= {"--task", "--input-format", "--input-folder", "--category-names"}  # labelformat
+    of_others |= {"--images-rel-path", "--output-format", "--output-file"}
     for page, text in PAGES.items():
         mentioned = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]*)", text))
         assert mentioned <= options | of_others, (page, mentioned - options - of_others)
