@@ -58,7 +58,7 @@ def checked_split(
         name: For messages.
         annotations: What the files say.
         images: The folder of the pictures.
-        skeleton: Of the keypoints.
+        skeleton: Names, links, mirror pairs and sigmas of the keypoints; empty without any.
         findings: What is known already of files; collects what is wrong with images.
         cache_dir: Remembers which images are good.
 

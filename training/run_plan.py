@@ -192,7 +192,7 @@ def largest_batch(batches: np.ndarray, heights: np.ndarray, widths: np.ndarray, 
         batches: Indices of pictures, [number of batches, batch size].
         heights: int [N], of all pictures, in pixels.
         widths: int [N], of all pictures, in pixels.
-        spec: Of the model.
+        spec: What the model is built from: its sizes decide which batch is the largest.
     """
     of_widths, of_heights = resize_scales(heights, widths, spec, short_side=max(short_sides(spec)))
     resized = [np.floor(sides * scales) for sides, scales in ((heights, of_heights), (widths, of_widths))]

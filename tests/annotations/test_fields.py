@@ -198,7 +198,10 @@ def test_a_misspelt_entry_of_a_custom_json_is_remarked(tmp_path, caplog):
     path.write_text(json.dumps({**entry, "label": ["cat"] * len(entry["bboxes"]), "camera": 3}))
     with caplog.at_level("WARNING"):
         load_data(Source("custom", root), "box")
-    assert "unknown entry 'label'; it is not read; is 'labels' meant?" in caplog.text and "camera" not in caplog.text
+    assert (
+        "unknown entry 'label' with a value for every box; it is not read; is 'labels' meant?" in caplog.text
+        and "camera" not in caplog.text
+    )
 
 
 def test_numbers_among_names_have_no_meaning_without_a_dataset_json(tmp_path):
