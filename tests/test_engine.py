@@ -429,6 +429,13 @@ def test_the_counter_of_waits_finds_them():
     assert count_waits(lambda: (value * 2).to(torch.float64).sum()).total() == 0
 
 
+def test_the_toys_can_be_used_on_any_device():
+    loader = ToyLoader(sampler())
+    loader.device = torch.device("meta")
+    losses = fresh().to("meta")(*next(iter(loader)))
+    assert {loss.device.type for loss in losses.values()} == {"meta"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_engine_adds_no_synchronisation():
     """Torch's own trap: one warning per synchronising call."""
