@@ -32,6 +32,29 @@ SHARED_MEMORY = Path("/dev/shm")
 # What gloo says, in the process that is left, when another one has gone or hangs.
 _LOST_PEER = ("gloo", "onnection closed by peer", "pair closure", "Timed out waiting")
 
+# What NCCL says then.
+_LOST_NCCL_PEER = (
+    "ncclRemoteError",
+    "remote process exited",
+    "closed by remote peer",
+    "connection closed by peer",
+    "ollective operation timeout",
+)
+
+# What CUDA, its libraries and NCCL say, and what it means.
+_GPU_FAILURES = {
+    "Duplicate GPU detected": "two processes have been given one GPU; start no more processes per machine than it has "
+    "GPUs (torchrun --nproc_per_node, srun --ntasks-per-node), and let each see all of them or one of its own",
+    "CUDA error: out of memory": "the GPU's memory is full, perhaps with another program (nvidia-smi lists them); end "
+    "that one, or lower --batch-size or --min-size; --resume auto continues",
+    "CUBLAS_STATUS_ALLOC_FAILED": "the GPU's memory is full; lower --batch-size or --min-size, or train with --amp; "
+    "--resume auto continues",
+    "no kernel image is available": "this torch is not built for this generation of GPU; install one that is "
+    "(https://pytorch.org/get-started/locally), or use --device cpu",
+    "devices are busy or unavailable": "another program has the GPU to itself (nvidia-smi lists them)",
+    "uncorrectable ECC error": "the GPU's memory is broken or needs a reset; take another one, --resume auto continues",
+}
+
 
 def prepare_process() -> None:
     """Raise the limit of open files, and print the stacks of all threads on a crash and on SIGUSR2."""
@@ -112,6 +135,14 @@ def explain_failure(error: BaseException) -> str | None:
         return f"too many open files (limit {soft}, at most {hard}); raise it with ulimit -n, or lower --workers"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{lines[0]} Lower --batch-size or --min-size, or train with --amp; --resume auto continues"
+    for sign, advice in _GPU_FAILURES.items():
+        if sign in text:
+            line = next(line for line in lines if sign in line)
+            return f"{line.strip()}: {advice}"
+    if "NCCL" in text and not any(sign in text for sign in _LOST_NCCL_PEER):
+        _, _, last = text.partition("Last error:")
+        reason = next((line.strip() for line in last.splitlines() if line.strip()), lines[0])
+        return f"the GPUs cannot talk to each other by NCCL: {reason}; NCCL_DEBUG=WARN makes it say more"
     if isinstance(error, dist.DistError) or any(sign in text for sign in _LOST_PEER):
         return (
             f"another process of this run has ended or does not answer ({lines[0]}); its own message says why. "

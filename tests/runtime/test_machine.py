@@ -258,6 +258,53 @@ def test_failures_of_the_machine_are_explained(text):
     assert "\n" not in explain_failure(RuntimeError(text))
 
 
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:93, {0}, NCCL version 2.27.5\n{1}.\nLast error:\n{2}\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "said"),
+    [
+        (
+            ("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL library"),
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000",
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000: two processes have been given one GPU",
+        ),
+        (
+            ("unhandled system error", "ncclSystemError: System call (e.g. socket, malloc) or external library call failed"),
+            "socketStartConnect: Connect to 10.0.0.7<4000> failed : No route to host",
+            "by NCCL: socketStartConnect: Connect to 10.0.0.7<4000> failed : No route to host; NCCL_DEBUG=WARN",
+        ),
+        (
+            ("remote process exited or there was a network error", "ncclRemoteError: A call failed possibly due to a network"),
+            "socketProgress: Connection closed by remote peer node1<3000>",
+            "another process of this run has ended",
+        ),
+    ],
+)  # fmt: skip
+def test_what_nccl_says_is_quoted_and_only_a_lost_process_is_called_one(kind, last, said):
+    explained = explain_failure(dist.DistBackendError(NCCL.format(*kind, last)))
+    assert said in explained and "\n" not in explained
+    assert ("another process" in explained) == ("ncclRemoteError" in kind[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", "nvidia-smi"),
+        ("CUDA error: no kernel image is available for execution on the device\nFor debugging", "not built for this"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "--batch-size"),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel", "to itself"),
+    ],
+)
+def test_what_cuda_says_is_explained(text, advice):
+    explained = explain_failure(torch.AcceleratorError(text))
+    assert explained.startswith(text.splitlines()[0]) and advice in explained and "\n" not in explained
+
+
+def test_a_bug_on_a_gpu_keeps_its_traceback():
+    assert explain_failure(torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel")) is None
+
+
 def test_other_errors_keep_their_traceback():
     assert explain_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert explain_failure(KeyError("boxes")) is None
