@@ -39,7 +39,8 @@ from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
 from pixels.image_files import examples
 from pixels.images import read_header
-from utils import Distributed, HelpFormatter, choose_device, run_command
+from process.device import choose_device
+from utils import Distributed, HelpFormatter, run_command
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from loading.splits import DATASETS
 from models.architectures import ARCHITECTURES, IOU_TYPES
 from models.weights import find_backbone_weights, find_model_weights
 from presets import PRESETS
-from utils import choose_device
+from process.device import choose_device
 
 logger = logging.getLogger(__name__)
 

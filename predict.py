@@ -47,11 +47,12 @@ from inference.picture_ids import ids_from_file
 from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
+from process.device import choose_device, use_device
 from process.waiting import EXIT_SIGNAL
 from report.drawing import draw_objects, save_picture
 from report.drawn_objects import drawn_detections
 from runtime.signals import StopRequest
-from utils import HelpFormatter, choose_device, describe_error, run_command, versions
+from utils import HelpFormatter, describe_error, run_command, versions
 
 logger = logging.getLogger("predict")
 
@@ -231,6 +232,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     """Predict until all is done or ``stop`` is set; returns the exit code."""
     # Model and files
     device = choose_device(args.device)
+    use_device(device)
     files = search_images(args.paths)
     paths = files.paths
     # Image ids count from 1 in the order of the files, broken ones included.

@@ -56,6 +56,7 @@ from optimization.precision import choose_amp
 from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
+from process.device import choose_device
 from process.joining import launched_ranks
 from process.waiting import EXIT_SIGNAL, Stopped, note_signal
 from report.page import publish
@@ -74,7 +75,6 @@ from training.verify_resume import Probe, ResumeCheckError, check_resume
 from utils import (
     Distributed,
     check_same_everywhere,
-    choose_device,
     describe_error,
     init_distributed,
     main_process_first,

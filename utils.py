@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from process.device import use_device
 from process.joining import join_group, launched_ranks
 from process.log_lines import LinesAboveBars, LogFile, close_stdout
 from process.waiting import EXIT_SIGNAL, Stopped, signals_raise, wait_until
@@ -163,25 +164,6 @@ def describe_error(error: BaseException) -> str:
     return f"{place}{error.strerror}{advice.get(error.errno or 0, '')}"
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device called ``name``; without a name, cuda where there is one, else the CPU.
-
-    Raises:
-        ValueError: The name is unknown to torch or the machine has no such device.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine has no usable CUDA device; use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: this machine has no usable MPS device; use --device cpu")
-    return device
-
-
 def init_distributed(device: torch.device, dist_url: str = "env://") -> Distributed:
     """Join the process group that torchrun or SLURM describes; do nothing in a single process.
 
@@ -204,7 +186,7 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> Distribu
                 f"process {local_rank} of this machine wants {device}, but it has {torch.cuda.device_count()} GPU(s); "
                 "start fewer processes per machine"
             )
-        torch.cuda.set_device(device)
+        use_device(device)
     if world_size == 1:
         return Distributed(0, 0, 1, device)
 
