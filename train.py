@@ -42,6 +42,7 @@ from loading.trainable import check_against_model
 from models.acceleration import (
     broadcast_buffers,
     compile_backbone,
+    cut_masks_by_kernel,
     distribute,
     profile_steps,
     typical_input,
@@ -256,6 +257,8 @@ def start_model(
         use_channels_last(model)
     if args.amp:
         keep_boxes_float32(model)
+    if args.use_deterministic_algorithms:
+        cut_masks_by_kernel()
     # Trying out convolution algorithms pays where all batches have one shape, and costs where they do not.
     torch.backends.cudnn.benchmark = spec.architecture.fixed_size is not None and not (
         args.test_only or args.use_deterministic_algorithms

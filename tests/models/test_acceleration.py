@@ -1,6 +1,7 @@
 """Memory format, compilation, static graph and profile change how a step is carried out, never its results."""
 
 import copy
+import importlib
 import json
 import logging
 import warnings
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.detection import roi_heads
 
 from helpers.ranks import run_on_ranks
 from models.acceleration import (
     broadcast_buffers,
     compile_backbone,
+    cut_masks_by_kernel,
     distribute,
     profile_steps,
     typical_input,
@@ -183,3 +186,21 @@ def test_a_profile_names_the_largest_items_and_writes_a_trace(tmp_path, caplog):
 def test_no_profile_is_no_cost():
     with profile_steps(0, None, CPU) as after_step:
         assert after_step() is None
+
+
+def test_target_masks_are_cut_by_the_kernel_where_torchvision_takes_python_code(monkeypatch):
+    """On a GPU deterministic algorithms lead to that code; here the lack of kernels does, which it asks for in the same place."""
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(3, 60, 80, generator=generator) > 0.5).to(torch.uint8)
+    corners = torch.rand(8, 2, generator=generator) * 30
+    boxes = torch.cat([corners, corners + 5 + torch.rand(8, 2, generator=generator) * 30], dim=1)
+    arguments = masks, boxes, torch.arange(8) % 3, 28
+    expected = roi_heads.project_masks_on_boxes(*arguments)
+    torchvisions = importlib.import_module("torchvision.ops.roi_align")
+    monkeypatch.setattr(torchvisions, "_has_ops", lambda: False)
+    monkeypatch.setattr(torchvisions, "_roi_align", lambda *args: pytest.fail("the Python code"))
+    with pytest.raises(pytest.fail.Exception, match="the Python code"):
+        roi_heads.project_masks_on_boxes(*arguments)
+    monkeypatch.setattr(roi_heads, "roi_align", roi_heads.roi_align)  # put back afterwards
+    cut_masks_by_kernel()
+    assert torch.equal(roi_heads.project_masks_on_boxes(*arguments), expected)
