@@ -96,7 +96,10 @@ def _locate_constants(text: str) -> tuple[str, str]:
         f"the number {first[0]} at line {line} column {column}{more} is not allowed in annotations: "
         f"{record if len(record) <= 120 else '...' + record[-117:]}"
     )
-    return problem, "write null or leave the entry out (in pandas: df.astype(object).where(df.notna(), None))"
+    return (
+        problem,
+        "write a number, or null where none is needed (in pandas: df.astype(object).where(df.notna(), None))",
+    )
 
 
 @contextlib.contextmanager
@@ -214,6 +217,8 @@ def annotations_from_records(
     )
     image_reader = RecordReader("image", images, rules.image_place, findings, notes, uses)
     reader = RecordReader("object", objects, rules.object_place, findings, notes, uses, rules.usual_forms)
+    for each in (category_reader, image_reader, reader):
+        each.remark_misspelt()
     names = check_categories(category_reader, rules)
     image_ids, heights, widths, file_names = check_images(image_reader)
     boxes, category_ids, image_of_object = check_objects(reader, image_ids, set(names), rules)

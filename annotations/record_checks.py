@@ -5,7 +5,7 @@ formats are brought into COCO's records first. Each check returns its field as a
 `coco_utils` puts the arrays together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,7 @@ def check_categories(reader: RecordReader, rules: Rules) -> dict[int, str]:
 def check_images(reader: RecordReader) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Return (ids int64, heights int32, widths int32, file names); bad entries hold zeros."""
     findings, place = reader.findings, reader.place
-    ids, names = reader.ids("id"), reader.column("file_name")
+    ids, names = reader.ids("id"), list(reader.column("file_name"))
     heights, widths = (np.array(reader.column(name), dtype=np.int32) for name in ("height", "width"))
     first_with: dict[int, int] = {}
     for i, (id_, name) in enumerate(zip(ids, names)):
@@ -87,7 +87,21 @@ def check_images(reader: RecordReader) -> tuple[np.ndarray, np.ndarray, np.ndarr
         if reason is not None:
             problem = f"file_name {name!r} is {reason}"
             findings.error("image", place(i), problem, FIELDS["image", "file_name"].remedy, image=i)
+    if len(set(names)) < len(names):
+        _remark_names_twice(reader, names)
     return np.array([id_ or 0 for id_ in ids], dtype=np.int64), heights, widths, [name or "" for name in names]
+
+
+def _remark_names_twice(reader: RecordReader, names: Sequence[str | None]) -> None:
+    """Remark images that are one file: each is trained and scored on with its own share of the objects."""
+    first_with: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name and first_with.setdefault(name, i) != i:
+            problem = f"file_name {short(name)} is also that of {reader.place(first_with[name])}"
+            remedy = (
+                "the picture is used twice, each time with the objects of one entry; join them if they belong together"
+            )
+            reader.notes.add(("file_name", "twice"), "file twice", reader.place(i), problem, remedy)
 
 
 def check_objects(

@@ -4,6 +4,7 @@ A column whose values all have their form is taken whole, which is what nearly a
 looked at alone. The one place that decides what becomes of a wrong value.
 """
 
+import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ from annotations.forms import number_of_id, short
 Record = dict[str, Any]
 
 _IDS_OF_TEXT = "text that is no number"
+
+# A tool spells an entry the same everywhere.
+RECORDS_FOR_SPELLING = 100
 
 
 @dataclass
@@ -84,6 +88,16 @@ class RecordReader:
         self.findings, self.notes, self.uses = findings, notes, tuple(uses)
         self.usual_forms = usual_forms
         self.dropped = {"image": findings.dropped_images, "object": findings.dropped_objects}.get(record, set())
+
+    def remark_misspelt(self) -> None:
+        """Remark entries of the first records that are not read, and spelled nearly like one that is missing."""
+        known = [name for record, name in FIELDS if record == self.record]
+        for n, row in enumerate(self.rows[:RECORDS_FOR_SPELLING]):
+            for key in row.keys() - set(known):
+                similar = difflib.get_close_matches(key.lower(), known, 1, cutoff=0.85)
+                if similar and similar[0] not in row:
+                    problem, remedy = f"unknown entry {short(key)}", f"it is not read; is {similar[0]!r} meant?"
+                    self.notes.add(("key", self.record, key), "unknown entry", self.place(n), problem, remedy)
 
     def column(self, name: str) -> list[Any] | np.ndarray:
         """Return the field ``name`` of all records, in the form that the table gives.

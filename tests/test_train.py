@@ -49,12 +49,12 @@ def test_reference_spellings_are_understood(text):
 
 BAD_FLAGS = {
     "unknown model": (["--model", "yolo"], "invalid choice: 'yolo'"),
-    "unknown dataset": (["--dataset", "voc"], "invalid choice: 'voc'"),
+    "unknown dataset": (["--dataset", "cifar"], "invalid choice: 'cifar'"),
     "unknown augmentation": (["--data-augmentation", "mosaic"], "invalid choice: 'mosaic'"),
     "unknown optimizer": (["--opt", "lamb"], "invalid choice: 'lamb'"),
     "zero batch": (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     "negative workers": (["--workers", "-1"], "--workers -1: must not be negative"),
-    "keypoints on coco": (["--model", "keypointrcnn_resnet50_fpn"], "use --dataset coco_kp"),
+    "keypoints on coco": (["--model", "keypointrcnn_resnet50_fpn"], "use one of coco_kp, custom, yolo, shapes"),
     "size of an SSD": (["--model", "ssd300_vgg16", "--min-size", "300"], "always resizes to (300, 300)"),
     "lsj with an SSD": (["--model", "ssd300_vgg16", "--data-augmentation", "lsj"], "always resizes; use ssd"),
     "copy-paste alone": (["--use-copypaste"], "--use-copypaste needs --data-augmentation lsj"),

@@ -191,6 +191,17 @@ def test_num_keypoints_that_contradict_the_points_are_remarked(tmp_path):
     assert "num_keypoints is 0, but 2 points have v > 0" in annotations.warnings[0].problem
 
 
+def test_two_entries_of_one_file_and_misspelt_entries_are_remarked(tmp_path):
+    value = content()
+    value["images"].append({**value["images"][0], "id": 8})
+    value["annotations"][0]["isCrowd"] = value["annotations"][0].pop("iscrowd")
+    value["annotations"][1]["isCrowd"] = value["annotations"][1].pop("iscrowd")
+    value["annotations"][0]["attributes"] = {}
+    twice, key = sorted(read(tmp_path, value).warnings, key=lambda finding: finding.kind)
+    assert "images[1]: file_name 'a.jpg' is also that of" in twice.example and "used twice" in twice.remedy
+    assert "unknown entry 'isCrowd', and 1 more like it" in key.problem and "is 'iscrowd' meant?" in key.remedy
+
+
 def test_a_misspelt_entry_of_a_custom_json_is_remarked(tmp_path, caplog):
     root = draw_folder(tmp_path / "custom")
     path = root / "train" / "annotations" / "im_000.json"

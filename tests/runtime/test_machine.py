@@ -201,7 +201,7 @@ def fail_in_a_group(store, error):
     ("error", "code", "said"),
     [
         (ZeroDivisionError("a bug"), 1, r"Traceback (?s:.*)in main\n(?s:.*)ZeroDivisionError: a bug"),
-        (RuntimeError("Connection closed by peer"), 1, r".*\.py: error: another process of this run .*"),
+        (RuntimeError("Connection closed by peer"), 1, r".*: error: another process of this run .*"),
         (train.NonFiniteLossError("loss not finite"), 3, "loss not finite"),
         (None, 0, "leaving the group"),
     ],
