@@ -100,6 +100,7 @@ def files_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_closed_pipe_ends_a_command_without_a_word(given, name, monkeypatch, capfd, tmp_path):
     module, flags = given[name]
@@ -115,6 +116,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(given, name, monkeypatch, c
         assert len(json.loads((tmp_path / "out" / "found" / "images.json").read_text())["images"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_output_that_a_full_disk_does_not_take_is_one_line(given, name, monkeypatch, capfd):
     module, flags = given[name]

@@ -61,6 +61,7 @@ def test_a_worse_run_is_called_worse_and_the_order_turns_the_sign(tmp_path):
     assert set(there["per_class"]) == set("abcdef")
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_difference_holds_as_often_as_it_says():
     """Two detectors of equal quality on the same images: zero lies inside in 95 of 100 cases."""
     rng = np.random.default_rng(5)

@@ -20,10 +20,12 @@ def loaded_by(command):
     return set(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", NOT_LOADED)
 def test_a_command_loads_nothing_that_it_does_not_need(command):
     assert not loaded_by(command) & NOT_LOADED[command]
 
 
+@pytest.mark.slow
 def test_the_look_at_what_is_loaded_can_fail():
     assert loaded_by("train") >= {"engine", "torchvision", "training"}

@@ -245,6 +245,7 @@ def test_its_own_results_are_no_pictures_to_predict(checkpoints, photos, monkeyp
     assert len(find_images(["runs/predict-0/overlays"])) == len(find_images(["runs/predict-0/overlays/*"])) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
     folder, out = tmp_path / "photos", tmp_path / "out"

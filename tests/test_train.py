@@ -398,6 +398,7 @@ def test_predictions_can_be_left_out(drawn_coco, tmp_path):
     assert not list((tmp_path / "out").glob("predictions*"))
 
 
+@pytest.mark.slow
 def test_epochs_without_an_evaluation_leave_their_losses(drawn_coco, tmp_path):
     out = tmp_path / "out"
     train_once(drawn_coco, out, "--batch-size", "4", "--epochs", "3", "--eval-every", "3")
@@ -409,6 +410,7 @@ def test_epochs_without_an_evaluation_leave_their_losses(drawn_coco, tmp_path):
     assert [event.step for event in events.Scalars("bbox/AP")] == [2]
 
 
+@pytest.mark.slow
 def test_a_second_run_moves_the_first_aside_whole_and_says_where(drawn_coco, tmp_path, capsys, monkeypatch):
     out, flags = tmp_path / "out", ["--batch-size", "4", "--eval-every", "0"]
     train_once(drawn_coco, out, *flags)
@@ -441,6 +443,7 @@ def test_a_run_in_the_working_folder_is_not_moved(drawn_coco, tmp_path, capsys, 
     assert (out / "weights" / "model_0.pth").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 def test_the_checkpoint_says_which_model_it_is(drawn_coco, tmp_path, capsys):
     train_once(drawn_coco, tmp_path / "out", "--batch-size", "4", "--eval-every", "0")
     flags = ["--data-path", drawn_coco, "--resume", tmp_path / "out" / "weights" / "checkpoint.pth"]
@@ -452,6 +455,7 @@ def test_the_checkpoint_says_which_model_it_is(drawn_coco, tmp_path, capsys):
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_takes_the_steps_of_training(drawn_coco, monkeypatch):
     """In float16 with a scaler, and with as many batches per update."""
     seen = []

@@ -166,6 +166,7 @@ def trained(tmp_path_factory):
     return root / "data", root / "run"
 
 
+@pytest.mark.slow
 def test_the_checkpoint_keeps_the_rule_and_evaluates_by_it(trained, tmp_path, capfd):
     root, run = trained
     path = run / "weights" / "checkpoint.pth"

@@ -129,6 +129,7 @@ def test_pictures_are_saved_by_suffix(tmp_path, suffix):
         assert image.size == (40, 30) and image.getpixel((5, 5)) == (GREY,) * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [False, True], ids=["with matplotlib", "without"])
 def test_matplotlib_is_loaded_when_text_is_drawn_and_not_needed_for_it(without, tmp_path):
     program = f"""

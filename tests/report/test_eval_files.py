@@ -150,6 +150,7 @@ def test_a_results_file_is_read_for_some_images_only(mask_data, tmp_path):
             assert read_results_of_images(path, ids) == expected
 
 
+@pytest.mark.slow
 def test_the_best_epoch_stays_with_its_predictions(mask_data, drawn_coco, tmp_path, caplog):
     out = tmp_path / "run"
     figures = []
