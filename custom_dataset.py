@@ -94,6 +94,7 @@ def read_dataset_info(
             findings.warn("dataset.json", f"{path}: {key}", problem, f"{remedy}; it is left out, nothing here needs it")
 
     def names_of(key: str) -> tuple[str, ...]:
+        """Return different names; none where there are none or they are wrong."""
         try:
             taken, how = NAMES.read(content[key]) if content.get(key) is not None else ([], "")
         except ValueError:

@@ -101,6 +101,7 @@ def whole_number(low: int, high: int, expected: str) -> Form:
     """Return the form of an int from ``low`` to ``high``."""
 
     def read(value: Any) -> tuple[int, str]:
+        """Return (the number, the form that it was in)."""
         how = ""
         if isinstance(value, float) and value.is_integer():
             value, how = int(value), WHOLE_FLOAT
@@ -122,6 +123,7 @@ def _id() -> Form:
     number = whole_number(-_INT64, _INT64 - 1, "a whole number or text")
 
     def read(value: Any) -> tuple[int | str, str]:
+        """Return (the number or text, the form that it was in)."""
         if (
             isinstance(value, str)
             and value
