@@ -231,14 +231,7 @@ def annotations_from_records(
     notes.flush(findings)
     findings.raise_errors()
 
-    keep_image = np.ones(len(images), dtype=bool)
-    keep_image[list(findings.dropped_images)] = False
-    keep = keep_image[image_of_object] if len(objects) else np.zeros(0, dtype=bool)
-    keep[list(findings.dropped_objects)] = False
-    order = np.flatnonzero(keep)
-    order = order[np.argsort(image_of_object[order], kind="stable")]
-    new_position = np.cumsum(keep_image) - 1
-    counts = np.bincount(new_position[image_of_object[order]], minlength=int(keep_image.sum()))
+    keep_image, order, counts = _kept_by_image(findings, image_of_object, len(images))
     name_bytes, name_starts = join_bytes([file_names[i].encode() for i in np.flatnonzero(keep_image)])
     polygons = [segmentations.polygons[n] for n in order]
     rle_bytes, rle_starts = join_bytes([segmentations.rles[n] for n in order])
@@ -266,6 +259,21 @@ def annotations_from_records(
         id_texts=tuple(notes.id_texts.items()),
         warnings=findings.warnings(),
     )
+
+
+def _kept_by_image(
+    findings: Findings, image_of_object: np.ndarray, num_images: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (images that stay, bool [I]; objects that stay, int64 in the order of images; how many each has)."""
+    keep_image = np.ones(num_images, dtype=bool)
+    keep_image[list(findings.dropped_images)] = False
+    keep = keep_image[image_of_object] if len(image_of_object) else np.zeros(0, dtype=bool)
+    keep[list(findings.dropped_objects)] = False
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(image_of_object[order], kind="stable")]
+    new_position = np.cumsum(keep_image) - 1
+    counts = np.bincount(new_position[image_of_object[order]], minlength=int(keep_image.sum()))
+    return keep_image, order, counts
 
 
 def _fill_in_areas(

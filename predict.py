@@ -228,6 +228,15 @@ def run_to_plain(
     }
 
 
+def choose_threshold(given: float | None, detector: Detector) -> tuple[float, str]:
+    """Return (score below which detections are left out, where it comes from)."""
+    if given is not None:
+        return given, "as given"
+    if detector.score_threshold is not None:
+        return detector.score_threshold, "best F1 in the checkpoint's evaluation"
+    return DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
+
+
 def main(args: argparse.Namespace, stop: StopRequest) -> int:
     """Predict until all is done or ``stop`` is set; returns the exit code."""
     # Model and files
@@ -238,11 +247,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     # Image ids count from 1 in the order of the files, broken ones included.
     ids = ids_from_file(paths, Path(args.ids_from)) if args.ids_from else list(range(1, len(paths) + 1))
     detector = load_detector(Path(args.checkpoint))
-    threshold, origin = args.score_threshold, "as given"
-    if threshold is None and detector.score_threshold is not None:
-        threshold, origin = detector.score_threshold, "best F1 in the checkpoint's evaluation"
-    elif threshold is None:
-        threshold, origin = DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
+    threshold, origin = choose_threshold(args.score_threshold, detector)
     logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
     if files.left_out:
         logger.warning("left out: %s", format_left_out(files.left_out))
