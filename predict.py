@@ -30,6 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from annotations.record_reader import Record
+from drawing.drawn_objects import drawn_detections
+from drawing.pictures import draw_objects, save_picture
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from files import write_aside
@@ -49,8 +51,6 @@ from pixels.images import is_text
 from pixels.masks import MaskBlock
 from process.device import choose_device, use_device
 from process.waiting import EXIT_SIGNAL
-from report.drawing import draw_objects, save_picture
-from report.drawn_objects import drawn_detections
 from runtime.signals import StopRequest
 from utils import HelpFormatter, describe_error, run_command, versions
 

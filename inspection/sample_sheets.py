@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drawing.drawn_objects import caption_names, drawn_truth
+from drawing.pictures import Drawn, contact_sheet, draw_objects, save_picture
 from loading.collate import unpack
 from loading.loaders import DeviceLoader
 from loading.samples import DetectionDataset
 from loading.split import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_mask
-from report.drawing import Drawn, contact_sheet, draw_objects, save_picture
-from report.drawn_objects import caption_names, drawn_truth
 from utils import seeded_numpy_rng
 
 # Pictures per row, and the side of one in pixels.

@@ -10,14 +10,14 @@ import torch
 from annotations.arrays import Annotations
 from annotations.record_reader import Record
 from coco_eval import CocoEvaluator
+from drawing.drawn_objects import caption_names, drawn_detections, drawn_truth
+from drawing.pictures import Drawn, contact_sheet, draw_objects, save_picture
 from evaluation.analysis import ImageScores
 from evaluation.detections import Detections
 from evaluation.results_files import read_results_of_images
 from loading.split import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_rle
-from report.drawing import Drawn, contact_sheet, draw_objects, save_picture
-from report.drawn_objects import caption_names, drawn_detections, drawn_truth
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ import train
 import utils
 from annotations.arrays import cached_annotations
 from coco_utils import read_coco
+from drawing.pictures import save_picture
 from evaluation.results_files import PredictionWriter
 from files import write_aside, write_torch_file
 from helpers.coco_cases import random_case, to_detections
@@ -32,7 +33,6 @@ from helpers.drawn import ROOT
 from helpers.outcomes import drawn_outcomes
 from helpers.shaken import shaken_checkpoint
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
-from report.drawing import save_picture
 from report.eval_files import _folder_aside
 from runtime.trackers import JsonlTracker
 from utils import log_to_file, run_command, setup_logging

@@ -231,7 +231,7 @@ def test_the_readme_leads_to_every_page_and_fits_one_sitting():
 # The folders of the README's table.
 FOLDERS = (
     "process", "pixels", "annotations", "optimization", "models", "runtime", "evaluation", "loading", "training", "report",
-    "inference", "inspection", "docs", "tests", "benchmarks",
+    "inference", "inspection", "drawing", "docs", "tests", "benchmarks",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ FLOORS = (
     ("annotations", "models", "transforms", "group_by_aspect_ratio"),
     ("runtime", "presets", "coco_utils"),
     ("evaluation", "custom_dataset"),
-    ("loading", "compare"),
+    ("loading", "drawing", "compare"),
     ("coco_eval", "inference"),
     ("engine", "sigmas", "score", "export"),
     ("training", "flags", "flag_checks"),

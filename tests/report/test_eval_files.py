@@ -12,13 +12,14 @@ from PIL import Image
 import compare
 import score
 import train
+from drawing import pictures as drawing
 from evaluation.analysis import score_images
 from evaluation.results_files import read_results, read_results_of_images
 from helpers.drawn import draw_coco
 from helpers.near_truth import KINDS, evaluate_once
 from helpers.thin import use_thin_models
 from loading.splits import Source, load_data
-from report import drawing, page
+from report import page
 from runtime import run_folder
 from runtime.run_folder import read_summary
 from runtime.trackers import read_metrics

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 from coco_utils import read_coco
+from drawing.drawn_objects import caption_names, drawn_detections, drawn_truth
 from evaluation.detections import Detections
 from pixels.masks import MaskBlock
-from report.drawn_objects import caption_names, drawn_detections, drawn_truth
 
 
 def test_ground_truth_is_drawn_whole_and_crowds_say_so(drawn_coco):

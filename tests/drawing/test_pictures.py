@@ -10,8 +10,8 @@ from PIL import Image
 
 from annotations.skeleton import Skeleton
 from conftest import ROOT
+from drawing.pictures import PALETTE, Drawn, contact_sheet, draw_objects, save_picture
 from pixels.masks import MaskBlock
-from report.drawing import PALETTE, Drawn, contact_sheet, draw_objects, save_picture
 
 GREY = 90
 
@@ -137,7 +137,7 @@ import sys
 if {without}:
     sys.modules["matplotlib"] = None  # an import of it fails
 import predict, torch
-from report import drawing
+from drawing import pictures as drawing
 assert not sys.modules.get("matplotlib")
 objects = drawing.Drawn([[10, 40, 60, 90]], ["a caption"], [1])
 drawing.save_picture(drawing.draw_objects(torch.zeros(3, 100, 200, dtype=torch.uint8), objects), "drawn.png")

@@ -9,10 +9,10 @@ import numpy as np
 
 from annotations.arrays import Annotations
 from annotations.object_masks import mask_block
+from drawing.pictures import Drawn
 from evaluation.detections import Detections
 from pixels.geometry import xywh_to_xyxy
 from pixels.masks import MaskBlock
-from report.drawing import Drawn
 
 
 def caption_names(annotations: Annotations) -> dict[int, str]:
