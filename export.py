@@ -43,7 +43,8 @@ from inference.compare_outputs import (
     compare_outputs,
     without_suppression,
 )
-from inference.detector import Detector, find_images, load_detector, reject_or_batch, settle_brightness
+from inference.picture_files import find_images, reject_or_batch
+from inference.trained_model import TrainedModel, load_trained_model, settle_brightness
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from loading.splits import DATASETS, find_coco_paths
 from models.architectures import ModelSpec
@@ -173,23 +174,23 @@ def dataset_pictures(flags: Mapping[str, Any]) -> list[Path]:
     return [folder / name for name in names[:: max(1, len(names) // (2 * NUM_PICTURES))]]
 
 
-def load_pictures(paths: list[str] | None, detector: Detector) -> list[Picture]:
+def load_pictures(paths: list[str] | None, trained: TrainedModel) -> list[Picture]:
     """Return (name, float32 [3, H, W] in 0..1) of every picture, and of the first one turned by a quarter.
 
     The turned one has another shape: an export that has the first picture's size built in is found out.
 
     Args:
         paths: Pictures to compare on; without any, some of the dataset that the model was trained on, else drawn ones.
-        detector: Knows the dataset, and which pictures the model can use.
+        trained: Knows the dataset, and which pictures the model can use.
     """
-    files = find_images(paths) if paths else dataset_pictures(detector.flags)
-    batches, bad = reject_or_batch(files, max(1, len(files)), detector.spec)
+    files = find_images(paths) if paths else dataset_pictures(trained.flags)
+    batches, bad = reject_or_batch(files, max(1, len(files)), trained.spec)
     for file in bad if paths else ():
         logger.warning("skipped: %s: %s", files[file.index], file.reason)
     chosen = [files[index] for batch in batches for index in batch][: None if paths else NUM_PICTURES]
     if paths and not chosen:
         raise ValueError(f"--images {' '.join(paths)}: the model can use none of these pictures")
-    value_range = settle_brightness(detector, chosen).value_range
+    value_range = settle_brightness(trained, chosen).value_range
     pixels: list[tuple[str, np.ndarray]] = []
     for path in chosen:
         try:
@@ -266,9 +267,9 @@ def run_onnx(path: Path, names: list[str]) -> Runner:
     return lambda image: dict(zip(names, session.run(names, {"image": image.numpy()})))
 
 
-def build_metadata(detector: Detector) -> dict[str, Any]:
+def build_metadata(trained: TrainedModel) -> dict[str, Any]:
     """Return what a user of the exported file needs to know, as plain values."""
-    spec, labels = detector.spec, detector.label_map
+    spec, labels = trained.spec, trained.label_map
     architecture = spec.architecture
     size: dict[str, Any] = {
         "min_size": spec.min_size[-1] if spec.min_size else architecture.min_size,
@@ -288,14 +289,14 @@ def build_metadata(detector: Detector) -> dict[str, Any]:
         "input": "image: float32 [3, height, width], RGB, 0..1, upright, any size; the model resizes and normalises",
         "resized_to": size,
         "value_range": {
-            **detector.value_range.to_plain(),
+            **trained.value_range.to_plain(),
             "meaning": "values that were black and white in training, for pictures with more than 8 bits a channel, of "
             "whole and of floating-point numbers; scale such values to 0..1 by them, and cut what is beyond",
         },
         "boxes": "float32 [detections, 4]: x1, y1, x2, y2 in pixels of the picture",
-        "keypoint_names": list(detector.keypoint_names),
-        "skeleton": [list(link) for link in detector.skeleton.links],
-        "score_threshold": detector.score_threshold,
+        "keypoint_names": list(trained.keypoint_names),
+        "skeleton": [list(link) for link in trained.skeleton.links],
+        "score_threshold": trained.score_threshold,
         "versions": versions(),
     }
 
@@ -349,24 +350,24 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {output}: exists already; remove it or choose another name")
     if args.format == "onnx":
         need("onnx", "onnxruntime")
-    detector = load_detector(Path(args.checkpoint))
-    pictures = load_pictures(args.images, detector)
-    model = OnePicture(detector.model.requires_grad_(False)).eval()
+    trained = load_trained_model(Path(args.checkpoint))
+    pictures = load_pictures(args.images, trained)
+    model = OnePicture(trained.model.requires_grad_(False)).eval()
     # Scores of single keypoints are not compared, hence left out where another runtime computes them.
     names = [name for name in model(pictures[0][1]) if name != "keypoints_scores"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(output) as temporary, quiet():
         try:
-            exported_model = exportable(detector.model, detector.spec, args.format)
+            exported_model = exportable(trained.model, trained.spec, args.format)
             if args.format == "onnx":
-                write_onnx(exported_model, temporary, build_metadata(detector), pictures[0][1], names)
+                write_onnx(exported_model, temporary, build_metadata(trained), pictures[0][1], names)
             else:
-                write_torchscript(exported_model, temporary, build_metadata(detector))
+                write_torchscript(exported_model, temporary, build_metadata(trained))
         except Exception as error:  # exporters raise what they like
             if isinstance(error, (OSError, ValueError)):
                 raise
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{detector.spec.name} cannot be exported to {args.format}: {text}") from error
+            raise ValueError(f"{trained.spec.name} cannot be exported to {args.format}: {text}") from error
         exported = run_onnx(temporary, names) if args.format == "onnx" else run_torchscript(temporary)
         agreement = check_file(model, exported, pictures)
     text = "%s: agrees with PyTorch on %d pictures (%s, ...): %s (allowed %s)"

@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,23 +30,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from annotations.record_reader import Record
-from drawing.drawn_objects import drawn_detections
-from drawing.pictures import draw_objects, save_picture
-from evaluation.detections import Detections
-from evaluation.results_files import results_of
 from files import write_aside
-from inference.detector import (
-    BadFile,
-    Detector,
-    Prediction,
-    format_left_out,
-    load_detector,
-    predict_files,
-    search_images,
+from inference.detector import Detector
+from inference.found import Found
+from inference.picture_files import BadFile, format_left_out, search_images
+from inference.picture_ids import ids_from_file
+from inference.trained_model import (
+    DEFAULT_SCORE_THRESHOLD,
+    TrainedModel,
+    choose_threshold,
+    load_trained_model,
     settle_brightness,
 )
-from inference.picture_ids import ids_from_file
-from pixels.geometry import xywh_to_xyxy
 from pixels.images import is_text
 from pixels.masks import MaskBlock
 from process.device import choose_device, use_device
@@ -55,9 +50,6 @@ from runtime.signals import StopRequest
 from utils import HelpFormatter, describe_error, run_command, versions
 
 logger = logging.getLogger("predict")
-
-# Where the checkpoint was never evaluated.
-DEFAULT_SCORE_THRESHOLD = 0.5
 
 # Everything readable was predicted, but some files were not readable.
 EXIT_SOME_SKIPPED = 4
@@ -141,53 +133,32 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def records_of(
-    image_id: int | str,
-    size: tuple[int, int],
-    detections: Detections,
-    iou_types: Sequence[str],
-    category_texts: Mapping[int, str],
-) -> list[Record]:
-    """Return one image's detections as COCO results, each with its box and, where there are, mask and keypoints."""
-    kinds = [results_of(image_id, size, detections, iou_type, category_texts) for iou_type in iou_types]
-    assert all(len(kind) == len(detections) for kind in kinds)
-    return [{k: v for part in parts for k, v in part.items()} for parts in zip(*kinds)]
-
-
-def csv_header(detector: Detector) -> list[str]:
+def csv_header(trained: TrainedModel) -> list[str]:
     """Return the names of the csv's columns."""
     header = ["file_name", "image_id", "category_id", "class", "score", "x1", "y1", "x2", "y2"]
-    if "segm" in detector.spec.iou_types:
+    if "segm" in trained.spec.iou_types:
         header.append("mask_area")
-    if "keypoints" in detector.spec.iou_types:
-        header += [f"{name}_{axis}" for name in detector.keypoint_names for axis in "xy"]
+    if "keypoints" in trained.spec.iou_types:
+        header += [f"{name}_{axis}" for name in trained.keypoint_names for axis in "xy"]
     return header
 
 
-def csv_rows(file_name: str, image_id: int | str, detections: Detections, detector: Detector) -> list[list[Any]]:
-    """Return a row per detection; lengths in pixels from the top left corner of the upright picture."""
+def csv_rows(file_name: str, image_id: int | str, found: Found) -> list[list[Any]]:
+    """Return a row per object; lengths in pixels from the top left corner of the upright picture."""
     rows: list[list[Any]] = []
-    assert detections.boxes_xywh is not None
-    boxes = xywh_to_xyxy(detections.boxes_xywh)
-    for n in range(len(detections)):
-        category = int(detections.category_ids[n])
-        own_id = dict(detector.label_map.id_texts).get(category, category)
-        row: list[Any] = [file_name, image_id, own_id, detector.class_names[category]]
-        row += [f"{detections.scores[n]:.6f}", *(f"{v:.2f}" for v in boxes[n])]
-        if detections.masks is not None:
-            mask = detections.masks[n]
+    texts = dict(found.trained.label_map.id_texts)
+    boxes, keypoints, masks = found.boxes, found.keypoints, found.detections.masks
+    for n, (category, name, score) in enumerate(zip(found.category_ids.tolist(), found.class_names, found.scores)):
+        row: list[Any] = [file_name, image_id, texts.get(category, category), name]
+        row += [f"{score:.6f}", *(f"{v:.2f}" for v in boxes[n])]
+        if masks is not None:
+            mask = masks[n]
             assert isinstance(mask, MaskBlock)
             row.append(int(mask.pixels.sum()))
-        if detections.keypoints is not None:
-            row += [f"{v:.2f}" for v in detections.keypoints[n, :, :2].reshape(-1)]
+        if keypoints is not None:
+            row += [f"{v:.2f}" for v in keypoints[n].reshape(-1)]
         rows.append(row)
     return rows
-
-
-def write_overlay(prediction: Prediction, detector: Detector, path: Path) -> None:
-    """Draw what was found and write the picture."""
-    drawn = drawn_detections(prediction.detections, detector.class_names)
-    save_picture(draw_objects(prediction.image, drawn, detector.skeleton, keypoint_names=True), path)
 
 
 def finish_drawing(drawing: list[tuple[Record, Future[None]]]) -> OSError | None:
@@ -205,7 +176,7 @@ def finish_drawing(drawing: list[tuple[Record, Future[None]]]) -> OSError | None
 
 def run_to_plain(
     args: argparse.Namespace,
-    detector: Detector,
+    trained: TrainedModel,
     threshold: float,
     images: list[Record],
     bad: list[Record],
@@ -213,28 +184,19 @@ def run_to_plain(
     left_out: dict[Path, str],
 ) -> dict[str, Any]:
     """Return the content of ``images.json``: what became of every file."""
-    texts = dict(detector.label_map.id_texts)
+    texts = dict(trained.label_map.id_texts)
     return {
         "checkpoint": args.checkpoint,
-        "model": detector.spec.name,
+        "model": trained.spec.name,
         "score_threshold": threshold,
-        "value_range": detector.value_range.to_plain(),
+        "value_range": trained.value_range.to_plain(),
         "versions": versions(),
-        "categories": [{"id": texts.get(id_, id_), "name": name} for id_, name in detector.class_names.items()],
+        "categories": [{"id": texts.get(id_, id_), "name": name} for id_, name in trained.class_names.items()],
         "images": images,
         "skipped": bad,
         "not_reached": not_reached,
         "left_out": [{"file_name": str(path), "reason": reason} for path, reason in left_out.items()],
     }
-
-
-def choose_threshold(given: float | None, detector: Detector) -> tuple[float, str]:
-    """Return (score below which detections are left out, where it comes from)."""
-    if given is not None:
-        return given, "as given"
-    if detector.score_threshold is not None:
-        return detector.score_threshold, "best F1 in the checkpoint's evaluation"
-    return DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
 
 
 def main(args: argparse.Namespace, stop: StopRequest) -> int:
@@ -246,15 +208,15 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     paths = files.paths
     # Image ids count from 1 in the order of the files, broken ones included.
     ids = ids_from_file(paths, Path(args.ids_from)) if args.ids_from else list(range(1, len(paths) + 1))
-    detector = load_detector(Path(args.checkpoint))
-    threshold, origin = choose_threshold(args.score_threshold, detector)
-    logger.info("%s, %d files, device %s", detector.spec.name, len(paths), device)
+    trained = load_trained_model(Path(args.checkpoint))
+    threshold, origin = choose_threshold(args.score_threshold, trained)
+    logger.info("%s, %d files, device %s", trained.spec.name, len(paths), device)
     if files.left_out:
         logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
-    detector = settle_brightness(detector, paths, args.workers or 1)
+    trained = settle_brightness(trained, paths, args.workers or 1)
+    detector = Detector(trained, device, threshold)
 
-    iou_types, category_texts = detector.spec.iou_types, dict(detector.label_map.id_texts)
     digits = len(str(len(paths)))
     images: list[Record] = []
     bad: list[Record] = []
@@ -268,16 +230,9 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         tqdm(total=len(paths), unit="image", disable=None) as bar,
     ):
         table = csv.writer(csv_file)
-        table.writerow(csv_header(detector))
+        table.writerow(csv_header(trained))
         drawing: list[tuple[Record, Future[None]]] = []
-        for batch in predict_files(
-            detector,
-            paths,
-            device=device,
-            score_threshold=threshold,
-            batch_size=args.batch_size,
-            workers=args.workers,
-        ):
+        for batch in detector.over_files(paths, batch_size=args.batch_size, workers=args.workers):
             if not images and not bad:
                 stop.install()  # before there is a result a signal ends the command at once
                 if args.overlays:
@@ -295,19 +250,19 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                         bar.write(f"skipped: {shown}: {result.reason}", file=sys.stderr)
                     bad.append({"id": image_id, "file_name": str(path), "reason": result.reason})
                     continue
-                height, width = result.image.shape[-2:]
+                height, width = result.size
                 entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
                 if args.overlays:
                     stem = path.stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
                     entry["overlay"] = f"overlays/{result.index + 1:0{digits}d}_{stem}.jpg"
                     overlay = output_dir / str(entry["overlay"])
-                    drawing.append((entry, pool.submit(write_overlay, result, detector, overlay)))
+                    drawing.append((entry, pool.submit(result.save, overlay)))
                 images.append(entry)
-                for record in records_of(image_id, (height, width), result.detections, iou_types, category_texts):
+                for record in result.to_coco(image_id):
                     results_file.write(separator + json.dumps(record))
                     separator = ",\n"
-                table.writerows(csv_rows(str(path), image_id, result.detections, detector))
-                num_found += len(result.detections)
+                table.writerows(csv_rows(str(path), image_id, result))
+                num_found += len(result)
             if stop:
                 break
         failure = failure or finish_drawing(drawing)
@@ -317,7 +272,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     done = {entry["id"] for entry in images + bad}
     not_reached = [{"id": id_, "file_name": str(path)} for id_, path in zip(ids, paths) if id_ not in done]
     with whole_file(output_dir / "images.json") as file:
-        content = run_to_plain(args, detector, threshold, images, bad, not_reached, files.left_out)
+        content = run_to_plain(args, trained, threshold, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)
     if failure is not None:
         found = f"{num_found} objects in {len(images)} pictures, found until then, are in {output_dir}"

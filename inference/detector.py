@@ -1,191 +1,212 @@
-"""A checkpoint's model run over image files that no dataset describes: finding, loading, batching, detecting."""
+"""A trained detector in use: pictures in, objects out.
+
+from inference.detector import Detector
+
+detector = Detector.load("runs/first/weights/best.pth")
+found = detector("street.jpg")
+found.boxes, found.class_names, found.scores
+found.draw().show()
+"""
 
 import contextlib
-import glob
-import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from annotations.labels import LabelMap
-from annotations.skeleton import Skeleton
-from annotations.value_ranges import look_at_values, settle_value_range
 from evaluation.detections import Detections, detections_from_output
 from evaluation.postprocess import fast_scoring
+from inference.found import Found
+from inference.picture_files import BadFile, reject_or_batch
+from inference.trained_model import TrainedModel, choose_threshold, load_trained_model, settle_brightness
 from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
-from models.architectures import ModelSpec
 from models.folded_norm import fold_frozen_norms
 from models.resize import describe_vanishing, leaves_nothing
-from pixels.image_files import examples, is_picture_name, list_folder, result_folder
-from pixels.images import BadImageError, is_text, read_header, read_image
+from pixels.images import BadImageError, pixels_of, read_image
 from pixels.value_range import ValueRange
-from runtime.checkpoint import load_checkpoint
-from runtime.saved_model import rebuild_model
+from process.device import choose_device
 from runtime.signals import leave_stopping_to_parent
 
-# Pixels of a batch: large pictures come in smaller batches, down to one alone.
-MAX_BATCH_PIXELS = 24_000_000
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
 class Detector:
-    """A model and what its outputs mean.
+    """A trained model on its device, ready to find objects.
 
-    Attributes:
-        model: On the CPU, in evaluation mode.
-        spec: What the model was built from.
-        label_map: Classes, and the dataset's category ids.
-        skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
-        score_threshold: That of the best F1 in the evaluation that the checkpoint holds; None without one.
-        value_range: Which values were black and white in training, where a channel has more than 8 bits.
-        flags: Those of the training, by name.
+    Several threads may call one detector at the same time. Nothing outside it changes.
+
+    Args:
+        trained: The model is the detector's from now on: it is moved and changed for speed.
+        device: Where to compute.
+        score_threshold: Objects with a lower score are left out.
     """
 
-    model: nn.Module
-    spec: ModelSpec
-    label_map: LabelMap
-    skeleton: Skeleton
-    score_threshold: float | None = None
-    value_range: ValueRange = ValueRange()
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self, trained: TrainedModel, device: torch.device, score_threshold: float) -> None:
+        self.trained, self.device, self.score_threshold = trained, device, score_threshold
+        self._model = trained.model.eval().to(device)
+        fold_frozen_norms(self._model)
+        # For good, not call by call: threads would undo each other's changes.
+        self._changes = contextlib.ExitStack()
+        # Every detection has its keypoints: nothing is left to a limit per class.
+        self._changes.enter_context(fast_scoring(self._model, max_keypoint_dets=sys.maxsize))
+        # Before suppression, masks and keypoints instead of after. The others stay the same: a box is suppressed only
+        # by boxes of higher score, and limits keep the best. Models ask for scores above, we for this one and above.
+        owner: Any = getattr(self._model, "roi_heads", self._model)
+        owner.score_thresh = max(owner.score_thresh, float(np.nextafter(np.float32(score_threshold), np.float32(-1))))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: str | None = None, score_threshold: float | None = None
+    ) -> "Detector":
+        """Read a checkpoint of train.py.
+
+        Args:
+            path: Such as ``runs/first/weights/best.pth``.
+            device: Name of a torch device; None takes cuda where there is one, else the CPU.
+            score_threshold: Objects with a lower score, in 0..1, are left out; None takes the one with the best F1 in
+                the evaluation that the checkpoint holds, else 0.5.
+
+        Raises:
+            CheckpointError: The file cannot be used.
+            ValueError: There is no such device, or the threshold is out of range.
+        """
+        if score_threshold is not None and not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold {score_threshold}: expected a number from 0 to 1")
+        chosen = choose_device(device)
+        trained = load_trained_model(Path(path))
+        return cls(trained, chosen, choose_threshold(score_threshold, trained)[0])
 
     @property
-    def class_names(self) -> dict[int, str]:
-        """Names of the categories by id."""
-        return {id_: name for id_, name in zip(self.label_map.category_ids, self.label_map.names) if id_ >= 0}
+    def class_names(self) -> list[str]:
+        """Names of the classes that the model knows."""
+        return list(self.trained.class_names.values())
 
-    @property
-    def keypoint_names(self) -> tuple[str, ...]:
-        """One name per keypoint; numbers from 0 where the dataset has none."""
-        return self.skeleton.names or tuple(map(str, range(self.spec.num_keypoints)))
+    def __repr__(self) -> str:
+        """Return model, classes and threshold in one line."""
+        name, classes = self.trained.spec.name, len(self.class_names)
+        return f"<Detector: {name}, {classes} classes, scores from {self.score_threshold:.4g}, on {self.device}>"
 
+    @overload
+    def __call__(self, pictures: Picture, *, batch_size: int = 1) -> Found: ...
 
-def load_detector(path: Path) -> Detector:
-    """Read a checkpoint of this suite.
+    @overload
+    def __call__(self, pictures: list[Picture] | tuple[Picture, ...], *, batch_size: int = 1) -> list[Found]: ...
 
-    Raises:
-        CheckpointError: It cannot be used.
-    """
-    content = load_checkpoint(path)
-    model, spec = rebuild_model(content)
-    known = content["dataset"]
-    skeleton = Skeleton(tuple(known["keypoint_names"]), tuple((a, b) for a, b in known["skeleton"]))
-    label_map = LabelMap.from_plain(known)
-    # An evaluation in which nothing was found leaves 0, which says nothing.
-    threshold = content.get("metrics", {}).get("score_threshold") or None
-    value_range = ValueRange.from_plain(known.get("value_range"))
-    return Detector(model.eval(), spec, label_map, skeleton, threshold, value_range, content.get("args", {}))
+    def __call__(
+        self, pictures: Picture | list[Picture] | tuple[Picture, ...], *, batch_size: int = 1
+    ) -> Found | list[Found]:
+        """Find the objects in one picture or in several.
 
+        Args:
+            pictures: A picture or a list of pictures, each the path of a file, a Pillow picture, an array uint8
+                [H, W, 3] (RGB) or [H, W] (grey), or a tensor [3, H, W], uint8 or floating-point in 0..1.
+            batch_size: Pictures that the model takes at a time. More than one pays on a GPU; boxes may then differ in
+                the last digits, since pictures of a batch are padded to one size.
 
-def settle_brightness(detector: Detector, paths: Sequence[Path], workers: int | None = None) -> Detector:
-    """Return the detector with a rule for the brightness of these files, where its checkpoint has none.
+        Returns:
+            What was found in the picture, or a list with one entry per picture.
 
-    Warns of files that do not fit the rule. One rule holds for all of them.
-    """
-    seen = look_at_values(len(paths), paths.__getitem__, workers=workers)
-    return replace(detector, value_range=settle_value_range(seen, detector.value_range, "files"))
+        Raises:
+            BadImageError: A file cannot be read as a picture.
+            ValueError: Something else is no picture, or the model's resize leaves nothing of it.
+        """
+        if isinstance(pictures, (list, tuple)):
+            return self._find(list(pictures), batch_size)
+        return self._find([pictures], 1)[0]
 
+    def _find(self, pictures: list[Picture], batch_size: int) -> list[Found]:
+        """Return what was found in each picture."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
+        files = [Path(picture) for picture in pictures if isinstance(picture, (str, os.PathLike))]
+        value_range = settle_brightness(self.trained, files).value_range if files else self.trained.value_range
+        found: list[Found] = []
+        for start in range(0, len(pictures), batch_size):
+            indices = range(start, min(start + batch_size, len(pictures)))
+            pixels = [self._pixels(pictures[i], i, value_range) for i in indices]
+            images = [_to_floats(pictures[i], array).to(self.device) for i, array in zip(indices, pixels)]
+            found += [
+                Found(array, detections, self.trained, index)
+                for index, array, detections in zip(indices, pixels, self.detect(images))
+            ]
+        return found
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """What `search_images` found.
-
-    Attributes:
-        paths: Pictures by their names, and files named outright, each once.
-        left_out: {path: why} of everything else in the folders that were searched.
-    """
-
-    paths: list[Path]
-    left_out: dict[Path, str]
-
-
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """Return the paths of `search_images`."""
-    return search_images(paths).paths
-
-
-def search_images(paths: Sequence[str]) -> ImageFiles:
-    """Return the image files behind files, folders and glob patterns, in the order given.
-
-    Folders are searched as `list_folder` does, sorted by name; a file named outright is taken whatever its suffix.
-    A pattern does not reach into folders of results unless it names them.
-
-    Raises:
-        FileNotFoundError: A path or pattern matches nothing.
-    """
-    found: dict[Path, Path] = {}
-    left_out: dict[Path, str] = {}
-    for text in paths:
-        path = Path(text)
-        matches, others = ([path], {}) if path.exists() else _expand(text)
-        files = [match for match in matches if match.is_file()]
-        for folder in (match for match in matches if match.is_dir()):
-            content = list_folder(folder)
-            files += sorted(folder / name for name in content.files if is_picture_name(name))
-            others |= {folder / name: "no picture by its name" for name in content.files if not is_picture_name(name)}
-            others |= {folder / name: reason for name, reason in content.left_out}
-        if not files:
-            what = (
-                "no images in it"
-                if matches or others
-                else "no such file or folder, and no file matches it as a pattern"
-            )
-            raise FileNotFoundError("; ".join(filter(None, [f"{text}: {what}", format_left_out(others)])))
-        for file in files:
-            found.setdefault(file.resolve(), file)
-        left_out |= others
-    return ImageFiles(
-        list(found.values()), {path: why for path, why in left_out.items() if path.resolve() not in found}
-    )
-
-
-def _expand(pattern: str) -> tuple[list[Path], dict[Path, str]]:
-    """Return (what matches a glob pattern, {folder of results that the pattern does not name: why it is left out})."""
-    named = list(itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
-    matches, results = [], {}
-    origin_of: dict[Path, str | None] = {}
-    for match in sorted(Path(m) for m in glob.glob(pattern, recursive=True)):  # noqa: PTH207 - takes absolute patterns
-        for folder in (*reversed(match.parents), match):
-            if len(folder.parts) <= len(named):
-                continue
-            if folder not in origin_of:
-                origin_of[folder] = result_folder(os.listdir(folder)) if folder.is_dir() else None  # noqa: PTH208
-            if origin_of[folder] is not None:
-                results[folder] = f"results of {origin_of[folder]}"
-                break
+    def _pixels(self, picture: Picture, index: int, value_range: ValueRange) -> np.ndarray:
+        """Return a picture's pixels as they are drawn on, uint8 [H, W, 3]."""
+        if isinstance(picture, (str, os.PathLike)):
+            pixels = read_image(Path(picture), value_range=value_range)
         else:
-            matches.append(match)
-    return matches, results
+            try:
+                pixels = pixels_of(picture, value_range)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"picture {index}: {error}") from None
+        height, width = pixels.shape[:2]
+        if leaves_nothing(np.array(height), np.array(width), self.trained.spec):
+            name = picture if isinstance(picture, (str, os.PathLike)) else f"picture {index}"
+            raise ValueError(f"{name}: {describe_vanishing(height, width)}")
+        return pixels
+
+    @torch.inference_mode()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """Run the model on one batch.
+
+        Args:
+            images: float [3, H, W] in 0..1 each, on the detector's device.
+
+        Returns:
+            Per image what was found, in falling order of scores.
+        """
+        results = []
+        for output in self._model(images):
+            detections = detections_from_output(output, self.trained.label_map)
+            order = np.argsort(-detections.scores, kind="stable")
+            results.append(detections.take(order[detections.scores[order] >= self.score_threshold]))
+        return results
+
+    def over_files(
+        self, paths: Sequence[Path], *, batch_size: int = 1, workers: int = 0
+    ) -> Iterator[list[Found | BadFile]]:
+        """Find the objects in many files; yields batch after batch, every file once, those that cannot be used first.
+
+        Args:
+            paths: Image files.
+            batch_size: Pictures per batch, at most.
+            workers: Loading processes.
+        """
+        batches, bad = reject_or_batch(paths, batch_size, self.trained.spec)
+        if bad:
+            yield list(bad)
+        loader = DataLoader(
+            _Files(paths, self.trained.value_range),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
+        )
+        for loaded in loader:
+            results: list[Found | BadFile] = list(loaded.bad)
+            if loaded.batch is not None:
+                images, targets = unpack(loaded.batch, self.device)
+                for target, pixels, detections in zip(targets, _pictures(loaded.batch), self.detect(images)):
+                    results.append(Found(pixels, detections, self.trained, target["image_id"]))
+            yield results
 
 
-def format_left_out(left_out: Mapping[Path, str]) -> str:
-    """Return how many files and folders were left out for which reason, with examples, as one line."""
-    of_reason: dict[str, list[str]] = {}
-    for path, reason in left_out.items():
-        of_reason.setdefault(reason, []).append(str(path))
-    return "; ".join(f"{reason} ({len(names)}): {examples(names)}" for reason, names in of_reason.items())
-
-
-@dataclass(frozen=True)
-class BadFile:
-    """A file that cannot be used.
-
-    Attributes:
-        index: Its position in the list of files.
-        reason: Why, without the file's name.
-    """
-
-    index: int
-    reason: str
+def _to_floats(picture: Picture, pixels: np.ndarray) -> Tensor:
+    """Return a picture as models take it, float32 [3, H, W] in 0..1; floating-point tensors keep their values."""
+    if isinstance(picture, Tensor) and picture.is_floating_point():
+        return picture.to(torch.float32).expand(3, -1, -1)
+    return unpack(collate_fn([Sample(pixels, None, {"image_id": 0})]), torch.device("cpu"))[0][0]
 
 
 @dataclass
@@ -221,121 +242,16 @@ def _collate(items: list[Sample | BadFile]) -> _Loaded:
     return _Loaded(collate_fn(samples) if samples else None, bad)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What was found in one picture.
-
-    Attributes:
-        index: Position of its file in the list of files.
-        image: uint8 [3, H, W] on the CPU, after EXIF rotation.
-        detections: In falling order of scores, with finite keypoints.
-    """
-
-    index: int
-    image: Tensor
-    detections: Detections
-
-
-def reject_or_batch(paths: Sequence[Path], batch_size: int, spec: ModelSpec) -> tuple[list[list[int]], list[BadFile]]:
-    """Reject files that the model cannot use and batch the others: (positions of each batch, rejected files).
-
-    Rejected are what is no readable picture, and pictures of which the model's resize leaves nothing. A batch has
-    ``batch_size`` pictures, or fewer where they have more than `MAX_BATCH_PIXELS` together.
-    """
-    batches: list[list[int]] = []
-    bad: list[BadFile] = []
-    pixels = 0
-    for index, path in enumerate(paths):
-        if not is_text(str(path)):
-            bad.append(BadFile(index, "the file's name is not UTF-8"))
-            continue
-        try:
-            height, width = read_header(path).shown_size
-        except BadImageError as error:
-            bad.append(BadFile(index, error.problem))
-            continue
-        if leaves_nothing(np.array(height), np.array(width), spec):
-            bad.append(BadFile(index, describe_vanishing(height, width)))
-            continue
-        size = height * width
-        if not batches or len(batches[-1]) == batch_size or pixels + size > MAX_BATCH_PIXELS:
-            batches.append([])
-            pixels = 0
-        batches[-1].append(index)
-        pixels += size
-    return batches, bad
-
-
-@torch.inference_mode()
-def predict_files(
-    detector: Detector,
-    paths: Sequence[Path],
-    *,
-    device: torch.device,
-    score_threshold: float,
-    batch_size: int = 1,
-    workers: int = 0,
-) -> Iterator[list[Prediction | BadFile]]:
-    """Run a detector over image files; yields batch after batch, every file once.
-
-    Args:
-        detector: Its model is moved to ``device``.
-        paths: Image files.
-        device: Where to compute.
-        score_threshold: Detections below it are left out.
-        batch_size: Pictures per batch, at most.
-        workers: Loading processes.
-    """
-    batches, bad = reject_or_batch(paths, batch_size, detector.spec)
-    if bad:
-        yield list(bad)
-    loader = DataLoader(
-        _Files(paths, detector.value_range),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
-    )
-    model = detector.model.to(device)
-    fold_frozen_norms(model)
-    # Every detection has its keypoints: nothing is left to a limit per class.
-    with fast_scoring(model, max_keypoint_dets=sys.maxsize), _no_lower_than(model, score_threshold):
-        for loaded in loader:
-            results: list[Prediction | BadFile] = list(loaded.bad)
-            if loaded.batch is not None:
-                images, targets = unpack(loaded.batch, device)
-                for target, picture, output in zip(targets, _pictures(loaded.batch), model(images)):
-                    detections = detections_from_output(output, detector.label_map)
-                    order = np.argsort(-detections.scores, kind="stable")
-                    kept = order[detections.scores[order] >= score_threshold]
-                    results.append(Prediction(target["image_id"], picture, detections.take(kept)))
-            yield results
-
-
 def _start_worker(_: int) -> None:
     """Let Ctrl-C reach the process that writes the results, which then ends this one."""
     leave_stopping_to_parent()
 
 
-def _pictures(batch: PackedBatch) -> list[Tensor]:
-    """Return the batch's pictures as they were decoded, uint8 [3, H, W]."""
-    sizes = [height * width * 3 for height, width in batch.image_sizes]
-    parts = batch.buffer.split(sizes)
-    return [part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, batch.image_sizes)]
-
-
-@contextlib.contextmanager
-def _no_lower_than(model: nn.Module, score_threshold: float) -> Iterator[None]:
-    """Let a model give up detections below a score before suppression, masks and keypoints instead of after.
-
-    The others stay the same: a box is suppressed only by boxes of higher score, and limits keep the best.
-    """
-    owner: Any = getattr(model, "roi_heads", model)
-    own = owner.score_thresh
-    # Models ask for scores above their threshold, we for this score and above.
-    owner.score_thresh = max(own, float(np.nextafter(np.float32(score_threshold), np.float32(-1))))
-    try:
-        yield
-    finally:
-        owner.score_thresh = own
+def _pictures(batch: PackedBatch) -> list[np.ndarray]:
+    """Return the batch's pictures as they were decoded, uint8 [H, W, 3]."""
+    pictures, start = [], 0
+    for height, width in batch.image_sizes:
+        end = start + height * width * 3
+        pictures.append(batch.buffer[start:end].view(height, width, 3).numpy())
+        start = end
+    return pictures

@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
 from files import describe_content
 from pixels.image_files import unreadable_format
@@ -187,6 +189,53 @@ def read_image(
             f"its annotations say {size[1]} x {size[0]}",
         )
     return pixels
+
+
+def pixels_of(picture: Image.Image | np.ndarray | Tensor, value_range: ValueRange | None = None) -> np.ndarray:
+    """Return the pixels of a picture in memory, as `read_image` returns those of a file.
+
+    Args:
+        picture: A Pillow picture, turned here as its EXIF orientation says; an array uint8 [H, W, 3] (RGB) or [H, W];
+            or a tensor [3, H, W] or [1, H, W], uint8 or floating-point in 0..1.
+        value_range: Which values are black and white in a Pillow picture with more than 8 bits a channel.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(picture, Image.Image):
+        shown = ImageOps.exif_transpose(picture)
+        if shown.mode.startswith(("I", "F")):
+            return _as_colour(to_levels(np.asarray(shown), value_range or ValueRange()))
+        return np.asarray(shown.convert("RGB"))
+    if isinstance(picture, Tensor):
+        return _pixels_of_tensor(picture)
+    if not isinstance(picture, np.ndarray):
+        expected = "a file's path, a Pillow picture, an array or a tensor"
+        raise ValueError(f"expected {expected}, got {type(picture).__name__}")
+    is_colour = picture.ndim == 3 and picture.shape[2] == 3
+    if picture.dtype != np.uint8 or not (is_colour or picture.ndim == 2) or not picture.size:
+        got = f"{picture.dtype} {list(picture.shape)}"
+        raise ValueError(f"expected an array uint8 [H, W, 3] (RGB) or [H, W] (grey), got {got}")
+    return _as_colour(picture)
+
+
+def _pixels_of_tensor(picture: Tensor) -> np.ndarray:
+    """Return the pixels of a tensor [3, H, W] or [1, H, W], uint8 or floating-point in 0..1, as uint8 [H, W, 3]."""
+    is_float = picture.is_floating_point()
+    if picture.dim() != 3 or len(picture) not in (1, 3) or not picture.numel():
+        raise ValueError(f"expected a tensor [3, H, W] or [1, H, W], got {list(picture.shape)}")
+    if picture.dtype != torch.uint8 and not is_float:
+        raise ValueError(f"expected a tensor of uint8 or of floating-point numbers in 0..1, got {picture.dtype}")
+    picture = picture.detach().to("cpu")
+    if is_float:
+        low, high = float(picture.min()), float(picture.max())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected floating-point values in 0..1, got {low:g} to {high:g}; divide by 255")
+        picture = (picture.float() * 255).round().to(torch.uint8)
+    return picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
 
 
 def read_values(path: Path) -> np.ndarray | None:

@@ -131,7 +131,11 @@ def test_output_that_a_full_disk_does_not_take_is_one_line(given, name, monkeypa
 def test_a_signal_ends_a_command_with_one_line_and_its_code(given, name, number, monkeypatch, capfd, tmp_path):
     """It comes where a command writes, or prints where it writes nothing: nothing half-written stays."""
     module, flags = given[name]
-    moments = {"sigmas": (sigmas, "read_coco"), "predict": (predict, "load_detector"), "export": (export, "check_file")}
+    moments = {
+        "sigmas": (sigmas, "read_coco"),
+        "predict": (predict, "load_trained_model"),
+        "export": (export, "check_file"),
+    }
     owner, attribute = moments.get(name, (module, "write_sheets" if name == "check_dataset" else "write_aside"))
 
     def signalled(*args, **kwargs):

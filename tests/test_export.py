@@ -11,7 +11,7 @@ import export
 from helpers.drawn import draw_coco
 from helpers.shaken import drawn_images, shaken_checkpoint
 from inference.compare_outputs import Agreement, compare_outputs, pair_detections
-from inference.detector import load_detector
+from inference.trained_model import load_trained_model
 from models.architectures import ARCHITECTURES
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
@@ -209,7 +209,7 @@ def test_a_refusal_says_the_largest_differences_of_all_pictures(checkpoint):
 
 
 def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, checkpoint):
-    detector = load_detector(checkpoint)
+    detector = load_trained_model(checkpoint)
 
     def names_with(flags):
         return [name for name, _ in export.load_pictures(None, dataclasses.replace(detector, flags=flags))]

@@ -23,7 +23,8 @@ from evaluation.results_files import read_results
 from helpers.drawn import ROOT
 from helpers.runs import run_train
 from helpers.shaken import shaken_checkpoint
-from inference.detector import MAX_BATCH_PIXELS, find_images, load_detector, predict_files, reject_or_batch
+from inference.detector import Detector
+from inference.picture_files import MAX_BATCH_PIXELS, find_images, reject_or_batch
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from models.architectures import ModelSpec
 from pixels.images import read_image
@@ -108,9 +109,8 @@ def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path, few
 @pytest.mark.slow
 def test_every_detection_has_its_keypoints(checkpoints, photos):
     """More of one class than the twenty that a COCO score reads."""
-    detector = load_detector(checkpoints["keypointrcnn_resnet50_fpn"])
-    device, paths = torch.device("cpu"), find_images([str(photos / "0.png")])
-    results = [r for b in predict_files(detector, paths, device=device, score_threshold=0) for r in b]
+    detector = Detector.load(checkpoints["keypointrcnn_resnet50_fpn"], device="cpu", score_threshold=0)
+    results = [found for batch in detector.over_files([photos / "0.png"]) for found in batch]
     assert max(np.bincount(r.detections.category_ids).max() for r in results) > 20
     assert all(np.isfinite(r.detections.keypoints).all() for r in results)
 
@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
 
 
 def test_ctrl_c_before_the_first_picture_is_one_line(monkeypatch, photos, tmp_path, capfd):
-    monkeypatch.setattr(predict, "load_detector", lambda path: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(predict, "load_trained_model", lambda path: signal.raise_signal(signal.SIGINT))
     assert run("--checkpoint", "none.pth", photos, "--output-dir", tmp_path / "out") == 130
     assert capfd.readouterr().err.strip().splitlines()[-1] == "predict.py: stopped by SIGINT before anything was found"
 

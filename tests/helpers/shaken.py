@@ -4,7 +4,8 @@ import torch
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from loading.shapes_dataset import CATEGORIES, KEYPOINT_NAMES, SKELETON, ShapeDrawer, shapes_annotations
-from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from models import weights
+from models.architectures import ARCHITECTURES, ModelSpec
 from runtime.checkpoint import save_checkpoint
 
 
@@ -51,7 +52,7 @@ def shaken_checkpoint(path, name, score_threshold=None, detections_per_img=30):
     is_keypoint = ARCHITECTURES[name].task == "keypoint"
     sizes["detections_per_img"] = detections_per_img
     spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, **sizes)
-    model = build_model(spec)
+    model = weights.build_model(spec)  # or a thin one, see thin.py
     shake(model)
     content = {
         "model": model.state_dict(),

@@ -8,7 +8,7 @@ from PIL import Image
 import export
 import predict
 from helpers.shaken import shaken_checkpoint
-from inference.detector import load_detector
+from inference.trained_model import load_trained_model
 
 MODEL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
@@ -49,8 +49,8 @@ def test_a_turned_picture_counts_as_it_is_shown(checkpoint, tmp_path, capfd):
 
 def test_an_export_is_checked_without_them(checkpoint, tmp_path, caplog):
     draw(tmp_path)
-    pictures = export.load_pictures([str(tmp_path)], load_detector(checkpoint))
+    pictures = export.load_pictures([str(tmp_path)], load_trained_model(checkpoint))
     assert [name.rpartition("/")[2] for name, _ in pictures] == ["b.png", "d.png", "b.png, turned"]
     assert "c.png: 1200 x 3 pixels" in caplog.text
     with pytest.raises(ValueError, match="can use none of these pictures"):
-        export.load_pictures([str(tmp_path / "c.png")], load_detector(checkpoint))
+        export.load_pictures([str(tmp_path / "c.png")], load_trained_model(checkpoint))

@@ -16,7 +16,7 @@ from helpers.deep_images import save_png16
 from helpers.drawn import draw_coco
 from helpers.runs import QUICK
 from helpers.shaken import shaken_checkpoint
-from inference.detector import load_detector
+from inference.trained_model import load_trained_model
 from loading.splits import Source, load_data
 from pixels.value_range import ValueRange
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -171,7 +171,7 @@ def test_the_checkpoint_keeps_the_rule_and_evaluates_by_it(trained, tmp_path, ca
     root, run = trained
     path = run / "weights" / "checkpoint.pth"
     assert load_checkpoint(path)["dataset"]["value_range"] == {"whole": [0, 4095], "real": None}
-    assert load_detector(path).value_range == TWELVE_BITS
+    assert load_trained_model(path).value_range == TWELVE_BITS
     brighter = deepen(draw_coco(tmp_path / "data", 4), lambda levels: levels << 8)
     flags = ["--dataset", "coco", "--model", MODEL, "--device", "cpu", "--workers", "0", "--test-only"]
     for data, beyond in ((root, False), (brighter, True)):
@@ -214,7 +214,7 @@ def test_an_export_documents_the_rule_and_is_checked_by_it(tmp_path):
     content["dataset"]["value_range"] = TWELVE_BITS.to_plain()
     save_checkpoint(content, checkpoint)
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
-    detector = load_detector(checkpoint)
+    detector = load_trained_model(checkpoint)
     assert export.build_metadata(detector)["value_range"]["whole"] == [0, 4095]
     pictures = export.load_pictures([str(tmp_path / "deep.png")], detector)
     assert float(pictures[0][1].min()) == 0 and float(pictures[0][1].max()) == 1
