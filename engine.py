@@ -94,7 +94,7 @@ def train_one_epoch(
         guard.handle_arrived()  # on a GPU the flags of the step before: this one is still being computed
         if is_update:
             for tracker in trackers:
-                tracker.on_update(record)
+                tracker.on_update(record, guard.may_save)
             if guard.stopping:
                 break
     guard.handle_arrived(wait=True)

@@ -1,6 +1,6 @@
 """What all ranks agree on in every step: is a loss not finite, and was someone asked to stop.
 
-Nothing here waits for a GPU: flags are read on the host one step late, when they have long arrived.
+Nothing here waits for a GPU but `may_save`: flags are read on the host one step late, when they have long arrived.
 """
 
 import logging
@@ -29,11 +29,33 @@ class NonFiniteLossError(RuntimeError):
 
 
 @dataclass
+class Verdict:
+    """What the flags of a step say, once they are on the host.
+
+    Attributes:
+        record: The step.
+        stop: Whether a rank was asked to stop.
+        bad_loss: Whether a loss was not finite, on any rank; a bad step without one has a bad gradient.
+        is_bad: Whether that is to be reported.
+        given_up: Whether too many updates in a row were skipped.
+    """
+
+    record: StepRecord
+    stop: bool
+    bad_loss: bool
+    is_bad: bool
+    given_up: bool
+
+
+@dataclass
 class StepGuard:
     """Brings the ranks' flags together and acts on them.
 
     An update with a loss or gradient that is not finite is not made in the first place, since the optimizer reads the
     flag on the device; the host hears of it afterwards.
+
+    Flags are read as late as they may be, and acted on in the same step on all ranks, even where one of them has read
+    them earlier (`may_save`).
 
     Attributes:
         device: Where losses are.
@@ -51,7 +73,8 @@ class StepGuard:
     _flags: Tensor = field(default_factory=lambda: torch.zeros(2))  # of the newest step
     _non_finite: Tensor | None = None  # in the update that is under way, on the device
     _has_bad_loss: bool = False  # the same, of those that have arrived on the host
-    _waiting: list[tuple[Tensor, StepRecord]] = field(default_factory=list)
+    _waiting: list[tuple[Tensor, StepRecord]] = field(default_factory=list)  # on their way to the host
+    _read: list[Verdict] = field(default_factory=list)  # of later steps than those acted on
 
     def reduce_flags(self, losses: Tensor) -> Tensor:
         """Reduce a step's flags over the ranks, on the device.
@@ -96,22 +119,44 @@ class StepGuard:
             NonFiniteLossError: See `report_bad_step`.
         """
         lag = 1 if self.device.type == "cuda" and not wait else 0
-        while len(self._waiting) > lag:
-            flags, record = self._waiting.pop(0)
-            if self.device.type == "cuda":
-                flags.arrived.synchronize()  # type: ignore[attr-defined]
-            bad_loss, stop, skipped = (flag > 0 for flag in flags.tolist())
-            self.stopping |= stop
-            self._has_bad_loss |= bad_loss
-            if record.is_update:
-                self.progress.skipped = self.progress.skipped + 1 if skipped else 0
-            given_up = self.progress.skipped >= MAX_SKIPPED_IN_A_ROW
-            is_news = bad_loss or (skipped and not self._has_bad_loss)
-            # In float16 an overflow belongs to the scaler, which skips the update and lowers its scale.
-            if given_up or (is_news and self.options.scaler is None):
-                report_bad_step(record, bad_loss, given_up, self.options)
-            if record.is_update:
-                self._has_bad_loss = False
+        while len(self._read) + len(self._waiting) > lag:
+            if not self._read:
+                self._read_next()
+            verdict = self._read.pop(0)
+            self.stopping |= verdict.stop
+            if verdict.is_bad:
+                report_bad_step(verdict.record, verdict.bad_loss, verdict.given_up, self.options)
+
+    def may_save(self) -> bool:
+        """Return whether the run goes on from here, for all that the steps so far say: else their batches are not done.
+
+        Waits for the device, on this process alone: nothing is acted on earlier than on other ranks.
+        """
+        while self._waiting:
+            self._read_next()
+        return not any(verdict.is_bad and ends_run(verdict.given_up, self.options) for verdict in self._read)
+
+    def _read_next(self) -> None:
+        """Read the flags of the next step, and count skipped updates."""
+        flags, record = self._waiting.pop(0)
+        if self.device.type == "cuda":
+            flags.arrived.synchronize()  # type: ignore[attr-defined]
+        bad_loss, stop, skipped = (flag > 0 for flag in flags.tolist())
+        self._has_bad_loss |= bad_loss
+        if record.is_update:
+            self.progress.skipped = self.progress.skipped + 1 if skipped else 0
+        given_up = self.progress.skipped >= MAX_SKIPPED_IN_A_ROW
+        is_news = bad_loss or (skipped and not self._has_bad_loss)
+        # In float16 an overflow belongs to the scaler, which skips the update and lowers its scale.
+        is_bad = given_up or (is_news and self.options.scaler is None)
+        self._read.append(Verdict(record, stop, bad_loss, is_bad, given_up))
+        if record.is_update:
+            self._has_bad_loss = False
+
+
+def ends_run(given_up: bool, options: StepOptions) -> bool:
+    """Return whether a bad step ends the run, as too many updates in a row were skipped or the user wants it so."""
+    return given_up or options.on_nan == "stop"
 
 
 def on_cpu(value: Any) -> Any:
@@ -149,7 +194,7 @@ def report_bad_step(record: StepRecord, is_loss: bool, given_up: bool, options: 
             text += f"; the batch is in {path}"
         except OSError as error:
             text += f"; the batch could not be saved ({describe_error(error)})"
-    if options.on_nan == "stop" or given_up:
+    if ends_run(given_up, options):
         hint = "lower --lr, lengthen --warmup-iters, or set --clip-grad-norm; --on-nan skip goes on without the batch"
         raise NonFiniteLossError(f"{text}; {hint}")
     logger.warning("%s; the update is skipped", text)

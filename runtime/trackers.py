@@ -56,8 +56,8 @@ class Tracker:
     def on_step(self, record: StepRecord) -> None:
         """Hear of a step whose gradients are there and whose update is not made yet."""
 
-    def on_update(self, record: StepRecord) -> None:
-        """Hear of an update."""
+    def on_update(self, record: StepRecord, may_save: Callable[[], bool]) -> None:
+        """Hear of an update; ``may_save`` waits for the device and says whether the run goes on from here."""
 
     def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
         """Hear of a finished epoch: its averages, see `EpochLog.finish`."""

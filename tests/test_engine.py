@@ -1,6 +1,7 @@
 """The training step: no update on a bad loss, no wait of its own, sums over steps and processes."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import engine
 from benchmarks.waits import count_waits
 from engine import evaluate, train_one_epoch, validation_loss
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
@@ -19,8 +21,9 @@ from optimization.step import StepOptions, update_parameters
 from runtime import step_guard
 from runtime.progress import Progress
 from runtime.signals import StopRequest
-from runtime.step_guard import NonFiniteLossError, report_bad_step
+from runtime.step_guard import NonFiniteLossError, StepGuard, report_bad_step
 from runtime.trackers import StepRecord, Tracker
+from training.state import EndOfUpdate
 from utils import seed_torch
 
 
@@ -139,6 +142,50 @@ def test_skipped_updates_are_counted_over_epochs_and_not_by_their_steps():
     train(fresh(bad_ids=range(100)), on_nan="skip", loader=ToyLoader(sampler(60)), accumulate=2)  # 15 updates
 
 
+class LateEvent:
+    """Stands for a GPU's event, which flags wait for."""
+
+    def record(self):
+        self.seen = False
+
+    def synchronize(self):
+        self.seen = True
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_checkpoint_due_at_a_bad_step_does_not_count_its_batch_though_a_gpu_tells_a_step_late(monkeypatch, on_nan):
+    saved, progress, model = [], Progress(), fresh(bad_ids=[5])
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(engine, "StepGuard", lambda device, *rest: StepGuard(torch.device("cuda"), *rest))
+    state, output = SimpleNamespace(average=None), SimpleNamespace(saved_at=0.0, save=saved.append)
+    state.content = lambda: {**vars(progress), "weight": model.layer.weight.detach().clone()}
+    bad = next(n for n, batch in enumerate(sampler()) if 5 in [index for _, index in batch])
+    assert 0 < bad < 5
+    try:
+        train(model, progress=progress, trackers=[EndOfUpdate(state, output, 1)], on_nan=on_nan)
+        assert on_nan == "skip" and [content["batches"] for content in saved] == [1, 2, 3, 4, 5, 6]
+        assert [content["skipped"] for content in saved] == [int(n == bad) for n in range(6)]
+    except NonFiniteLossError:
+        assert on_nan == "stop" and [content["batches"] for content in saved] == list(range(1, bad + 1))
+
+
+def test_ranks_act_on_a_gpu_s_flags_in_the_same_step_where_one_has_read_them_to_save(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    stop, stopping = StopRequest(), {}
+    stop.signal_name = "SIGTERM"
+    record = StepRecord(0, 0, 1, True, 0.1, ["loss"], torch.zeros(1), [], [])
+    for saves in (False, True):
+        guard = StepGuard(torch.device("cuda"), stop, Progress(), StepOptions())
+        stopping[saves] = []
+        for _ in range(2):
+            guard.reduce_flags(torch.zeros(1))
+            guard.enqueue(record, torch.zeros(()))
+            guard.handle_arrived()
+            assert not saves or guard.may_save()
+            stopping[saves].append(guard.stopping)
+    assert stopping[True] == stopping[False] == [False, True]
+
+
 class BadGradient(ToyModel):
     """Its losses are finite, the gradient on image 5 is not."""
 
@@ -237,7 +284,9 @@ def test_bfloat16_autocast_trains_on_the_cpu():
 def test_a_stop_ends_after_the_current_update():
     stop = StopRequest()
     tracker = Tracker()
-    tracker.on_update = lambda record: setattr(stop, "signal_name", "SIGTERM") if record.updates == 2 else None
+    tracker.on_update = lambda record, may_save: (
+        setattr(stop, "signal_name", "SIGTERM") if record.updates == 2 else None
+    )
     _, progress = train(fresh(), stop=stop, trackers=[tracker])
     assert progress.updates == 3 and progress.batches == 3
 

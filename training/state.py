@@ -3,6 +3,7 @@
 import datetime
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,11 +251,12 @@ class EndOfUpdate(Tracker):
     output: RunFolder
     checkpoint_every: int | datetime.timedelta | None
 
-    def on_update(self, record: StepRecord) -> None:
-        """Do both."""
+    def on_update(self, record: StepRecord, may_save: Callable[[], bool]) -> None:
+        """Do both; after a step that ends the run nothing is saved, since its batch is not done."""
         if self.state.average is not None:
             self.state.average.update(self.state.model, record.updates)
-        if is_checkpoint_due(self.checkpoint_every, record.updates, time.monotonic() - self.output.saved_at):
+        is_due = is_checkpoint_due(self.checkpoint_every, record.updates, time.monotonic() - self.output.saved_at)
+        if is_due and may_save():
             self.output.save(self.state.content())
 
 
