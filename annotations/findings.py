@@ -7,7 +7,7 @@ and that object or image is left out.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 logger = logging.getLogger(__name__)
@@ -77,16 +77,25 @@ class Findings:
     dropped_images: set[int] = field(default_factory=set)
 
     def error(
-        self, kind: str, place: str, problem: str, remedy: str, *, obj: int | None = None, image: int | None = None
+        self,
+        kind: str,
+        place: str,
+        problem: str,
+        remedy: str,
+        *,
+        obj: int | None = None,
+        image: int | None = None,
+        objects: Collection[int] = (),
+        images: Collection[int] = (),
     ) -> None:
-        """Note an error; ``obj`` or ``image`` is the position that ``skip`` would leave out."""
-        skips = self.on_bad_data == "skip" and (obj is not None or image is not None)
+        """Note an error; ``obj``, ``image``, ``objects``, ``images`` say by position what ``skip`` leaves out."""
+        one_object, one_image = [obj] if obj is not None else [], [image] if image is not None else []
+        skips = self.on_bad_data == "skip" and bool(one_object or one_image or objects or images)
         if skips:
-            remedy = "the object is left out" if obj is not None else "the image is left out"
-        if obj is not None:
-            self.dropped_objects.add(obj)
-        if image is not None:
-            self.dropped_images.add(image)
+            what = "the object is" if one_object else "the image is" if one_image else "they are"
+            remedy = f"{what} left out"
+        self.dropped_objects.update(one_object, objects)
+        self.dropped_images.update(one_image, images)
         self.found.append(Finding(kind, place, problem, remedy, is_error=not skips))
 
     def warn(self, kind: str, place: str, problem: str, remedy: str) -> None:

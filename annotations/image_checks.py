@@ -17,7 +17,16 @@ from tqdm import tqdm
 from annotations.arrays import Annotations, default_cache_dir
 from annotations.findings import Findings
 from files import write_aside
-from pixels.image_files import examples, is_picture_name, list_folder, printable, spelling
+from pixels.image_files import (
+    examples,
+    folder_with,
+    folders_in,
+    is_nearly_all,
+    is_picture_name,
+    list_folder,
+    printable,
+    spelling,
+)
 from pixels.images import BadImageError, read_header, read_image
 from utils import sha256_of_file
 
@@ -26,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # The headers of larger sets are not read at the start: on a network disk that takes longer than it is worth.
 MAX_HEADERS = 20_000
+
 
 _END_OF_JPEG, _END_OF_PNG = b"\xff\xd9", b"IEND"
 
@@ -56,6 +66,7 @@ def check_files(annotations: Annotations, root: Path, findings: Findings) -> Fou
         return FoundFiles({}, ())
     lookup: _Lookup | None = None
     respelled: dict[int, str] = {}
+    missing: dict[int, str] = {}  # why each one is
     used = set()
     for i in range(len(annotations)):
         name = annotations.file_name(i)
@@ -77,8 +88,8 @@ def check_files(annotations: Annotations, root: Path, findings: Findings) -> Fou
         else:
             path = PurePosixPath(plain)
             reasons = [why_not[str(part)] for part in (path, *path.parents) if str(part) in why_not]
-            problem = reasons[0] if reasons else f"no such file{lookup.similar(spelling(plain))}"
-            findings.error("missing image", str(root / name), problem, "add it or correct its entry", image=i)
+            missing[i] = reasons[0] if reasons else f"no such file{lookup.similar(spelling(plain))}"
+    _report_missing(annotations, root, missing, findings)
     _warn_of_links(root, used & content.links, findings)
     if respelled:
         first = min(respelled)
@@ -89,6 +100,27 @@ def check_files(annotations: Annotations, root: Path, findings: Findings) -> Fou
         findings.warn("spelling", str(root), problem, "the files are used")
     unused = tuple(name for name in content.files if name not in used and is_picture_name(name))
     return FoundFiles(respelled, unused)
+
+
+def _report_missing(annotations: Annotations, root: Path, missing: dict[int, str], findings: Findings) -> None:
+    """Report images that are missing: one line each, or one for all where hardly any image is there."""
+    if not is_nearly_all(len(missing), len(annotations)):
+        for i, problem in missing.items():
+            place = str(root / annotations.file_name(i))
+            findings.error("missing image", place, problem, "add it or correct its entry", image=i)
+        return
+    names = [annotations.file_name(i) for i in missing]
+    problem = f"{len(missing)} of {len(annotations)} images are not there, such as {printable(names[0])}: "
+    problem += missing[min(missing)]
+    folders = [*folders_in(root), root.parent, *folders_in(root.parent), *root.parent.parent.glob(f"*/{root.name}")]
+    folder = folder_with(folders, names)
+    remedy = "give the folder that has them (--train-images, --val-images), or correct their file_name"
+    if folder is not None:
+        remedy = f"{folder} has them: give that folder, or the annotations of this one"
+    # To leave out all would leave nothing; some have a part of COCO's pictures and all of its annotations.
+    left_out = missing if len(missing) < len(annotations) else ()
+    findings.error("missing image", str(root), problem, remedy, images=left_out)
+    findings.dropped_images.update(missing)
 
 
 def _is_regular_file(path: Path) -> bool:
@@ -107,24 +139,38 @@ class _Lookup:
         for file in files:
             name = spelling(file)
             self.of_spelling.setdefault(name, []).append(file)
-            for reason, key in _SIMILAR.items():
+            for reason, (key, _) in _SIMILAR.items():
                 self.of_reason[reason].setdefault(key(name), []).append(file)
 
     def similar(self, name: str) -> str:
         """Say which one file may be meant by ``name``, or nothing."""
-        for reason, key in _SIMILAR.items():
+        for reason, (_, key) in _SIMILAR.items():
             found = self.of_reason[reason].get(key(name), [])
             if len(found) == 1:
                 return f"; {printable(found[0])} {reason}"
         return ""
 
 
-# Names that are alike in these ways are not taken for each other, but named.
-_SIMILAR: dict[str, Callable[[str], str]] = {
-    "differs in upper and lower case": str.casefold,
-    "is what its %-codes say": urllib.parse.unquote,
-    "has this name in another folder": lambda name: name.rpartition("/")[2],
-    "has another suffix": lambda name: name.rpartition(".")[0],
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def _without_folder(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _without_suffix(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+# Names that are alike in these ways are not taken for each other, but named: what is equal of the file and of the name
+# that is not there.
+_SIMILAR: dict[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
+    "differs in upper and lower case": (str.casefold, str.casefold),
+    "is what its %-codes say": (urllib.parse.unquote, urllib.parse.unquote),
+    "has a suffix, file_name has none": (_without_suffix, _as_it_is),
+    "has this name in another folder": (_without_folder, _without_folder),
+    "has another suffix": (_without_suffix, _without_suffix),
 }
 
 

@@ -279,8 +279,7 @@ def _check_point_counts(
             f"keypoints, {expected_by}; a model learns one number of them"
         )
         remedy = "keep the keypoints of one class only, or give both the same"
-        findings.error("keypoints", reader.place(objects[0]), problem, remedy, obj=objects[0])
-        findings.dropped_objects.update(objects)
+        findings.error("keypoints", reader.place(objects[0]), problem, remedy, objects=objects)
 
 
 def _compare_num_keypoints(reader: RecordReader, labelled: np.ndarray) -> None:

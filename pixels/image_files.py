@@ -6,7 +6,7 @@ Every file that is not used has a reason, so that a caller can name and count it
 import functools
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +20,9 @@ _PICTURES_ELSEWHERE = frozenset(
 
 # Read as pictures by their header alone, and never decoded.
 _ONLY_HEADERS = ("MPEG",)
+
+# What is true of so large a share of the files has one cause; so many of them are looked for in other folders.
+NEARLY_ALL, SAMPLE = 0.9, 200
 
 # So many names stand in one line.
 _MAX_EXAMPLES = 3
@@ -112,6 +115,27 @@ def list_folder(root: Path) -> FolderContent:
     content.files.sort()
     content.left_out.sort()
     return content
+
+
+def is_nearly_all(count: int, total: int) -> bool:
+    """Tell whether something is true of so many of all files that it has one cause, which is said once."""
+    return count > 1 and count >= NEARLY_ALL * total
+
+
+def folder_with(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
+    """Return the folder that has the most of some files, if it has most of them; looks for up to `SAMPLE` of them."""
+    sample = names[:: -(-len(names) // SAMPLE) or 1]
+    counts = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in folders}  # noqa: PTH113
+    best = max(counts, key=counts.__getitem__, default=None)
+    return best if best is not None and 2 * counts[best] > len(sample) else None
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
 
 
 def result_folder(names: Sequence[str]) -> str | None:
