@@ -26,9 +26,9 @@ from inspection.dataset_statistics import (
     format_sizes,
     format_split,
 )
-from inspection.duplicates import Fingerprints, find_equal_pairs, fingerprint_images
 from inspection.keypoint_statistics import check_keypoint_labels, format_keypoints
 from inspection.observations import Observation, observe_worst
+from loading.duplicates import Fingerprints, find_equal_pairs, fingerprint_images
 from loading.samples import ImageFolder
 from loading.split import Split
 from loading.splits import Data, Source, load_data

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 from annotations.findings import Findings
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
-from inspection.duplicates import find_equal_pairs, fingerprint_images
+from loading.duplicates import find_equal_pairs, fingerprint_images
 from loading.samples import ImageFolder
 
 
@@ -81,7 +81,7 @@ def test_known_files_are_not_opened_again_until_they_change(tmp_path, monkeypatc
     landscape(0).save(tmp_path / "a.png")
     before = fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("inspection.duplicates._look_at", lambda path: pytest.fail("opened"))
+        patch.setattr("loading.duplicates._look_at", lambda path: pytest.fail("opened"))
         again = fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache")
     assert again.digests == before.digests and (again.thumbnails == before.thumbnails).all()
     landscape(1).save(tmp_path / "a.png")
