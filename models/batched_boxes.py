@@ -1,0 +1,58 @@
+"""Arithmetic of boxes for all pictures of a batch at once, in float32, and small numbers on their way to the device."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers that never change, float32 [N] on ``device``: copied there once, for a copy may wait for it."""
+    with torch.inference_mode(False):  # an evaluation may come first; training cannot use tensors made in that mode
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy a small host tensor; to a GPU from pinned memory, without a wait for what is queued there."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Return what a head has to predict to turn anchors into boxes, as `BoxCoder.encode_single` does.
+
+    Args:
+        boxes: float32 [..., 4], xyxy. Where they do not count, give the anchors: logarithms of 0 would not be numbers,
+            and stay none when they are multiplied by 0.
+        anchors: float32 [..., 4], xyxy; broadcast.
+        weights: Of x, y, width and height.
+
+    Returns:
+        float32 [..., 4].
+    """
+    anchor_sides = anchors[..., 2:] - anchors[..., :2]
+    anchor_centers = anchors[..., :2] + 0.5 * anchor_sides
+    sides = boxes[..., 2:] - boxes[..., :2]
+    centers = boxes[..., :2] + 0.5 * sides
+    codes = torch.cat([(centers - anchor_centers) / anchor_sides, torch.log(sides / anchor_sides)], dim=-1)
+    return codes if weights == (1, 1, 1, 1) else codes * constant(tuple(weights), codes.device)
+
+
+def decode_boxes(codes: Tensor, anchors: Tensor, coder: Any) -> Tensor:
+    """Turn a head's predictions into boxes, as `BoxCoder.decode_single` does.
+
+    Args:
+        codes: float32 [..., 4].
+        anchors: float32 [..., 4], xyxy; broadcast.
+        coder: torchvision's `BoxCoder`, whose weights and limit count.
+
+    Returns:
+        float32 [..., 4], xyxy.
+    """
+    if tuple(coder.weights) != (1, 1, 1, 1):
+        codes = codes / constant(tuple(coder.weights), codes.device)
+    anchor_sides = anchors[..., 2:] - anchors[..., :2]
+    centers = codes[..., :2] * anchor_sides + (anchors[..., :2] + 0.5 * anchor_sides)
+    half_sides = 0.5 * (codes[..., 2:].clamp(max=coder.bbox_xform_clip).exp() * anchor_sides)
+    return torch.cat([centers - half_sides, centers + half_sides], dim=-1)
