@@ -1,0 +1,85 @@
+"""Pictures of several sizes as one normalised batch, with their objects: torchvision's transform, for training."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from models.batched_boxes import constant, to_device
+from models.object_block import ObjectBlock
+
+
+class PictureBatch(ImageList):
+    """A padded batch, float [B, 3, H, W], and the sizes of its pictures.
+
+    Attributes:
+        sizes: float32 [B, 2] on the device: height and width of each picture, which ``image_sizes`` has on the host.
+    """
+
+    def __init__(self, tensors: Tensor, image_sizes: list[tuple[int, int]], sizes: Tensor) -> None:
+        super().__init__(tensors, image_sizes)
+        self.sizes = sizes
+
+
+class BatchedTransform(GeneralizedRCNNTransform):
+    """torchvision's transform with a way of its own for training batches; its ``forward`` is torchvision's."""
+
+    def batch(self, images: Sequence[Tensor], objects: ObjectBlock) -> tuple[PictureBatch, ObjectBlock]:
+        """Resize, normalise and pad pictures, and move their objects along: `GeneralizedRCNNTransform.forward`.
+
+        torchvision normalises each picture with numbers that it copies to the device for it; here the padded batch is
+        normalised at once. Its padding holds the mean, which becomes 0. Pictures differ from torchvision's by rounding.
+
+        Args:
+            images: float [3, H, W] each, in 0..1.
+            objects: In pixels of ``images``; not changed.
+
+        Returns:
+            The batch, and the objects in pixels of its pictures.
+        """
+        device = images[0].device
+        given = [(image.shape[-2], image.shape[-1]) for image in images]
+        sizes = [self._size_after(*size) for size in given]
+        mean, std = (constant(tuple(values), device)[:, None, None] for values in (self.image_mean, self.image_std))
+        padded = [math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes)]
+        tensors = mean.to(images[0].dtype).expand(len(images), 3, *padded).contiguous()
+        for picture, image, size in zip(tensors, images, sizes):
+            if image.shape[-2:] != size:
+                image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+            picture[:, : size[0], : size[1]] = image
+        tensors.sub_(mean).div_(std)
+
+        # All that the device has to know of sizes: height, width, and by what boxes are multiplied, in one copy.
+        after = torch.tensor(sizes, dtype=torch.float32)
+        numbers = to_device(torch.cat([after, after / torch.tensor(given, dtype=torch.float32)], dim=1), device)
+        batch = PictureBatch(tensors, sizes, numbers[:, :2])
+        return batch, self._moved(objects, numbers[:, 2:].flip(1), sizes)
+
+    def _size_after(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width after the resize, by the arithmetic of torchvision's `resize`; may draw a number."""
+        if self.training and self._skip_resize:
+            return height, width
+        short_side = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        if self.fixed_size is not None:
+            return self.fixed_size[1], self.fixed_size[0]
+        scale = min(short_side / min(height, width), self.max_size / max(height, width))
+        return int(height * scale), int(width * scale)
+
+    def _moved(self, objects: ObjectBlock, ratios: Tensor, sizes: list[tuple[int, int]]) -> ObjectBlock:
+        """Return objects in pixels of the resized pictures; ``ratios``, float32 [B, 2], are of widths and heights."""
+        keypoints, masks = objects.keypoints, objects.masks
+        if keypoints is not None:
+            moved = keypoints[..., :2] * ratios[:, None, None]
+            keypoints = torch.cat([moved, keypoints[..., 2:]], dim=-1)
+        if masks is not None:  # nearest only picks values: no need for torchvision's way over float32
+            masks = [
+                mask if mask.shape[-2:] == size else F.interpolate(mask[:, None], size=size)[:, 0]
+                for mask, size in zip(masks, sizes)
+            ]
+        boxes = objects.boxes * ratios.repeat(1, 2)[:, None]
+        return dataclasses.replace(objects, boxes=boxes, keypoints=keypoints, masks=masks)
