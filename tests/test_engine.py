@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engine
-from benchmarks.waits import count_waits
+from benchmarks.waits import Count, count_waits
 from engine import evaluate, train_one_epoch, validation_loss
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from helpers.ranks import run_on_ranks
@@ -462,9 +462,14 @@ def waits_per_step(loop):
 
 
 def test_the_engine_waits_for_the_device_no_more_often_than_a_bare_loop():
-    """The one read is that of the flags, which a GPU has sent to the host a step before."""
-    assert waits_per_step(bare_loop).total() == 0
-    assert waits_per_step(engine_loop) == {"tolist": 10}
+    """The one read is that of the flags, which a GPU has sent to the host a step before; the toys copy their ids and images."""
+    bare = waits_per_step(bare_loop)
+    assert bare == {"tensor": 10, "to": 20}
+    assert waits_per_step(engine_loop) == {**bare, "tolist": 10}
+
+
+def set_by_mask(value):
+    value[value > 0] = 0.0
 
 
 def test_the_counter_of_waits_finds_them():
@@ -472,10 +477,34 @@ def test_the_counter_of_waits_finds_them():
     waits = [
         lambda: value.sum().item(), lambda: bool(value.any()), lambda: float(value[0]), lambda: value.tolist(),
         lambda: value.numpy(), lambda: value.cpu(), lambda: value.to("cpu"), lambda: value[value > 0], lambda: value.nonzero(),
+        lambda: torch.tensor([1.0], device=value.device), lambda: torch.as_tensor([1.0], device=value.device),
+        lambda: torch.tensor([1.0]).to(value.device), lambda: value.new_tensor([1.0]), lambda: value[[0, 1]],
+        lambda: value.copy_(torch.zeros(4)), lambda: value[torch.tensor([0, 1])], lambda: set_by_mask(value.clone()),
+        lambda: torch.from_numpy(np.ones(4)).to(device=value.device), lambda: torch.zeros(4).copy_(value),
     ]  # fmt: skip
     for n, wait in enumerate(waits):
-        assert count_waits(wait).total() >= 1, n
-    assert count_waits(lambda: (value * 2).to(torch.float64).sum()).total() == 0
+        assert count_waits(wait).total() == 1, n
+    calm = [
+        lambda: (value * 2).to(torch.float64).sum(), lambda: torch.empty(1).uniform_().item(), lambda: torch.tensor([1, 2]).tolist(),
+        lambda: torch.arange(3).nonzero(), lambda: value.new_zeros(3).sum(), lambda: torch.arange(3, device=value.device) * value[:3],
+        lambda: torch.tensor([1.0]).to(value.device, non_blocking=True), lambda: value.to(value.device), lambda: value * torch.tensor(2.0),
+    ]  # fmt: skip
+    for n, step in enumerate(calm):
+        assert count_waits(step).total() == 0, n
+
+
+def test_the_counter_tells_operations_from_views_and_the_host_from_the_device():
+    value = torch.ones(4)
+    with Count() as count:
+        (value.view(2, 2).T[0] * 2).add_(1)
+    assert count.operations == {"all": 2}
+    with Count() as count:
+        count.part = "copy"
+        torch.tensor([1.0]).to(value.device, non_blocking=True)
+    assert count.copies == {"copy": 1} and count.operations == {"copy": 1}
+    with Count() as count:
+        value + torch.zeros(4)
+    assert count.mixed == {"add": 1}
 
 
 def test_the_toys_can_be_used_on_any_device():
