@@ -1,8 +1,9 @@
-"""Data that the benchmarks draw themselves: photographs-like JPEGs with polygons, annotations of any size."""
+"""Data that the benchmarks draw themselves: photographs-like JPEGs with polygons, annotations of any size, batches."""
 
 import json
 
 import numpy as np
+import torch
 from PIL import Image
 
 CATEGORIES = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(80)]
@@ -46,6 +47,30 @@ def _outline(rng, vertices, height, width):
     centre = rng.uniform((30, 30), (width - 30, height - 30))
     points = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return points.clip((0, 0), (width, height))
+
+
+def draw_batch(task, images, size, objects=7, num_classes=91, num_keypoints=17, seed=0):
+    """Return pictures of noise and as many objects in each: lists of float [3, H, W] and of targets."""
+    rng = torch.Generator().manual_seed(seed)
+    height, width = size
+    pictures = [torch.rand((3, height, width), generator=rng) for _ in range(images)]
+    targets = []
+    for i in range(images):
+        corners = torch.rand((objects, 2, 2), generator=rng).sort(dim=1).values * torch.tensor([width - 2, height - 2])
+        boxes = corners.reshape(objects, 4)
+        boxes[:, 2:] += 2
+        labels = torch.randint(1, num_classes, (objects,), generator=rng)
+        target = {"image_id": i, "boxes": boxes, "labels": labels}
+        if task == "mask":
+            y, x = torch.arange(height)[:, None], torch.arange(width)
+            x1, y1, x2, y2 = boxes[:, :, None, None].unbind(1)
+            target["masks"] = ((x >= x1) & (x < x2) & (y >= y1) & (y < y2)).to(torch.uint8)
+        if task == "keypoint":
+            places = torch.rand((objects, num_keypoints, 2), generator=rng)
+            places = boxes[:, None, :2] + places * (boxes[:, None, 2:] - boxes[:, None, :2])
+            target["keypoints"] = torch.cat([places, torch.ones(objects, num_keypoints, 1)], dim=2)
+        targets.append(target)
+    return pictures, targets
 
 
 def coco_size_json(path, images=118_000, objects=7, vertices=25):

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from optimization.step import StepOptions, update_parameters
+
 # Operators whose result the host must know before it can go on, as they appear below autograd.
 _READING_OPS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "nms",
@@ -28,6 +30,12 @@ _READING_CALLS = {"tolist", "numpy", "cpu", "__array__"}
 _FROM_PYTHON = {"tensor", "as_tensor", "asarray", "new_tensor"}
 _FROM_MEMORY = {"from_numpy", "frombuffer"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# The parts of a detector by the names of its modules, and by files where no module of its own is called.
+_PART_OF_MODULE = {
+    "transform": "transform", "backbone": "backbone", "rpn": "rpn", "roi_heads": "roi heads", "head": "head",
+    "anchor_generator": "anchors",
+}  # fmt: skip
+_PART_OF_FILE = {"batched_pictures.py": "transform", "anchor_cache.py": "anchors"}
 # Operators that may have tensors of both sides.
 _MIXING_OPS = {"copy_", "where", *_INDEXING}
 
@@ -41,17 +49,21 @@ class Count(TorchDispatchMode):
         places: The same by the line of code that asked for it: (file, line, name).
         copies: Copies to the device with ``non_blocking``, by part.
         mixed: Operators that got tensors of both sides and would fail on a device, by name.
-        part: What runs now: set it to have counts apart.
+        part: What runs now: set it to have counts apart. Of "losses" what the files of other parts do is theirs.
     """
 
     def __init__(self):
         super().__init__()
-        self.operations, self.waits, self.places = Counter(), Counter(), Counter()
-        self.copies, self.mixed = Counter(), Counter()
+        self.clear()
         self.part = "all"
         self._calls = _Calls(self)
         self._host = set()  # addresses of the host's storages
         self._makes_host = False  # whether what a Python call makes from nothing is the host's
+
+    def clear(self):
+        """Start again from 0; which tensors are the host's is kept."""
+        self.operations, self.waits, self.places = Counter(), Counter(), Counter()
+        self.copies, self.mixed = Counter(), Counter()
 
     def __enter__(self):
         self._from_memory = {name: getattr(torch, name) for name in _FROM_MEMORY}  # no mode sees these
@@ -76,7 +88,7 @@ class Count(TorchDispatchMode):
         inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         hosts = [self.is_host(a) for a in inputs]
         if not (func.is_view or name == "_unsafe_view"):
-            self.operations[self.part] += 1
+            self.operations[self._part()] += 1
         if inputs and not all(hosts):
             self._look(name, args, kwargs, [a for a, host in zip(inputs, hosts) if host])
         result = func(*args, **kwargs)
@@ -107,6 +119,16 @@ class Count(TorchDispatchMode):
         if name not in _MIXING_OPS and any(tensor.dim() for tensor in of_host):
             self.mixed[name] += 1
 
+    def _part(self):
+        if self.part == "losses":
+            frame = sys._getframe(1)
+            while frame is not None:
+                part = _PART_OF_FILE.get(frame.f_code.co_filename.rpartition("/")[2])
+                if part:
+                    return part
+                frame = frame.f_back
+        return self.part
+
     def is_host(self, tensor):
         return _address(tensor) in self._host
 
@@ -117,17 +139,17 @@ class Count(TorchDispatchMode):
             (self._host.add if is_host else self._host.discard)(address)
 
     def wait(self, name, copies=0):
-        self.waits[self.part, name] += 1
-        self.operations[self.part] += copies
+        self.waits[self._part(), name] += 1
+        self.operations[self._part()] += copies
         self.places[(*_caller(), name)] += 1
 
     def to_device(self, name, non_blocking):
         """Note a copy from the host's memory to the device."""
-        self.operations[self.part] += 1
+        self.operations[self._part()] += 1
         if non_blocking:
-            self.copies[self.part] += 1
+            self.copies[self._part()] += 1
         else:
-            self.waits[self.part, name] += 1
+            self.waits[self._part(), name] += 1
             self.places[(*_caller(), name)] += 1
 
 
@@ -194,3 +216,69 @@ def count_waits(function):
     for (_, name), number in count.waits.items():
         found[name] += number
     return found
+
+
+class StepCount(Count):
+    """What one training step of a detector issues: see `count_step`."""
+
+    def forward(self, *not_bookkeeping):
+        """Return the operations of the forward pass outside of some parts."""
+        outside = {"backward", "update", *not_bookkeeping}
+        return sum(number for part, number in self.operations.items() if part not in outside)
+
+    def waits_of(self, *parts):
+        """Return the waits of some parts; without any, of the whole step."""
+        return sum(number for (part, _), number in self.waits.items() if not parts or part in parts)
+
+
+def count_step(model, images, targets, optimizer):
+    """Count forward, by part, backward and update of the second of two equal steps: the first fills what is kept.
+
+    Args:
+        model: A detector in training mode.
+        images: As the loader gives them.
+        targets: Likewise.
+        optimizer: With fused kernels.
+
+    Returns:
+        A `StepCount`. The parts of the forward are those of the model, and "losses" for what is in none.
+    """
+    count, handles = StepCount(), []
+    for module in model.modules():
+        for value in vars(module).values():  # neither parameters nor buffers: they do not move with the model
+            if isinstance(value, list):
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, Tensor):
+                        count.mark(tensor, True)
+    for name, part in _PART_OF_MODULE.items():
+        if isinstance(module := getattr(model, name, None), torch.nn.Module):
+            handles += _count_apart(module, part, count)
+    try:
+        with count:
+            for _ in range(2):
+                count.clear()
+                count.part = "losses"
+                losses = model(images, targets)
+                count.part = "backward"
+                sum(losses.values()).backward()
+                count.part = "update"
+                update_parameters(optimizer, StepOptions(), images[0].new_zeros(()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def _count_apart(module, part, count):
+    """Let a module's operations be a part of their own, unless it is called by one that is."""
+    outer = []
+
+    def enter(*_):
+        outer.append(count.part)
+        if count.part == "losses":
+            count.part = part
+
+    def leave(*_):
+        count.part = outer.pop()
+
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)

@@ -1,13 +1,15 @@
-"""torchvision's R-CNNs with a few channels: its own code for proposals, masks and keypoints, at a hundredth of the weights."""
+"""torchvision's detectors with a few channels: its own code for boxes, masks and keypoints, at a hundredth of the weights."""
 
 from collections import OrderedDict
 
 from torch import nn
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.ssd import SSD, SSDHead
 
 from models import weights
 from models.architectures import _settle_pooling_scales
@@ -16,15 +18,33 @@ from runtime import saved_model
 WIDTH = 16
 
 
-def _stage(width_in, stride):
-    return nn.Sequential(nn.Conv2d(width_in, WIDTH, 5, stride, padding=2), nn.BatchNorm2d(WIDTH), nn.ReLU())
+def _stage(width_in, stride, width):
+    return nn.Sequential(nn.Conv2d(width_in, width, 5, stride, padding=2), nn.BatchNorm2d(width), nn.ReLU())
+
+
+def _backbone(width=WIDTH):
+    strides = {"layer1": 4, "layer2": 2, "layer3": 2, "layer4": 2}
+    layers = OrderedDict((n, _stage(3 if n == "layer1" else width, s, width)) for n, s in strides.items())
+    names = {name: str(n) for n, name in enumerate(layers)}
+    return BackboneWithFPN(nn.Sequential(layers), names, [width] * 4, width)
+
+
+def build_thin_one_stage(name, num_classes, size):
+    """Build RetinaNet, FCOS or an SSD on five maps with strides of 4 to 64; ``size`` is the short side, or both.
+
+    FCOS normalises its channels in 32 groups, hence twice as many as elsewhere.
+    """
+    if name.startswith("ssd"):
+        anchors = DefaultBoxGenerator([[2]] * 5)
+        head = SSDHead([WIDTH] * 5, anchors.num_anchors_per_location(), num_classes)
+        return SSD(_backbone(), anchors, (size, size), num_classes, head=head)
+    kind = {"retinanet_resnet50_fpn": RetinaNet, "fcos_resnet50_fpn": FCOS}[name]
+    return kind(_backbone(2 * WIDTH), num_classes, min_size=size, max_size=size * 2)
 
 
 def build_thin_model(spec):
     """Build an R-CNN from its record as `build_model` does, with strides of 4 to 32 and 16 channels everywhere."""
-    layers = OrderedDict(layer1=_stage(3, 4), layer2=_stage(WIDTH, 2), layer3=_stage(WIDTH, 2), layer4=_stage(WIDTH, 2))
-    names = {name: str(n) for n, name in enumerate(layers)}
-    backbone = BackboneWithFPN(nn.Sequential(layers), names, [WIDTH] * 4, WIDTH)
+    backbone = _backbone()
     options = {
         "min_size": spec.min_size or spec.architecture.min_size,
         "max_size": spec.max_size or spec.architecture.max_size,
