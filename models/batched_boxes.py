@@ -26,7 +26,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, fl
         boxes: float32 [..., 4], xyxy. Where they do not count, give the anchors: logarithms of 0 would not be numbers,
             and stay none when they are multiplied by 0.
         anchors: float32 [..., 4], xyxy; broadcast.
-        weights: Of x, y, width and height.
+        weights: Factors of x, y, width and height.
 
     Returns:
         float32 [..., 4].
