@@ -16,15 +16,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loading: an end without a traceback
 
 import argparse
-import contextlib
 import datetime
 import logging
-import multiprocessing
-import os
-import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,33 +53,30 @@ from optimization.precision import choose_amp
 from optimization.schedule import LearningRate, default_warmup
 from optimization.step import StepOptions
 from optimization.weight_average import WeightAverage
-from process.device import choose_device
-from process.joining import launched_ranks
+from process.leaving import end_process
 from process.waiting import EXIT_SIGNAL, Stopped, note_signal
 from report.page import publish
 from runtime.checkpoint import CheckpointError, open_checkpoint
-from runtime.machine import explain_failure, prepare_process
+from runtime.machine import explain_failure
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, choose_output_dir, plain_flags
 from runtime.saved_model import rebuild_model
-from runtime.signals import StopRequest, agree_to_stop, die_with_parent
+from runtime.signals import StopRequest, agree_to_stop
 from runtime.step_guard import NonFiniteLossError
-from runtime.trackers import CallEachStep, Tracker, append_metrics
+from runtime.trackers import CallEachStep, LastScores, Tracker, append_metrics
 from training.evaluate_model import EvalSetup, evaluate_model
 from training.run_plan import Plan, rehearse
+from training.start_up import SetUpError, errors_in_one_line, start_process
 from training.state import EndOfUpdate, TrainingState
 from training.verify_resume import Probe, ResumeCheckError, check_resume
 from utils import (
     Distributed,
     check_same_everywhere,
-    describe_error,
-    init_distributed,
     main_process_first,
     meet,
     print_error,
     rank,
     seed_torch,
-    setup_logging,
     shut_down_distributed,
 )
 
@@ -92,40 +85,8 @@ logger = logging.getLogger("train")
 EXIT_BAD_LOSS = 3
 
 
-class SetUpError(Exception):
-    """Something the user can put right, found before training started; the text is for them."""
-
-
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn the errors that set-up raises for users into `SetUpError`."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SetUpError(describe_error(error)) from error
-
-
-def start_process(args: argparse.Namespace, stop: StopRequest) -> Distributed:
-    """Join the other processes and set up signals, log and determinism."""
-    prepare_process()
-    stop.install()
-    setup_logging(launched_ranks()[0] == 0, on_lost=lambda error: end_of_log(error, stop))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    with errors_in_one_line():
-        distributed = init_distributed(choose_device(args.device), args.dist_url)
-    logger.info("%d process(es) on %s, seed %d", distributed.world_size, distributed.device, args.seed)
-    log_ineffective_flags(args)
-    if args.use_deterministic_algorithms:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return distributed
-
-
-def end_of_log(error: OSError, stop: StopRequest) -> None:
-    """Stop as for a signal when the reader of the log has gone, as with ``| head``; a full disk costs lines only."""
-    if isinstance(error, BrokenPipeError):
-        stop.note("SIGPIPE")
+class RunError(Exception):
+    """A run that was called from Python has failed; its log says why."""
 
 
 def main(
@@ -156,7 +117,7 @@ def main(
         data = check_against_model(data, spec, args.on_bad_data)
         eval_setup = build_eval_setup(args, data, spec, distributed)
     if args.test_only:
-        return evaluate_only(args, data, bare_model, eval_setup, stop)
+        return evaluate_only(args, data, bare_model, eval_setup, stop, trackers)
 
     with errors_in_one_line():
         # Batches, schedule, optimizer
@@ -194,7 +155,7 @@ def main(
                 if evaluation is None:  # asked to stop meanwhile: the evaluation starts again when the run is continued
                     continue
                 epoch, is_best = progress.epoch - 1, state.end_evaluation(evaluation.to_plain(), args.best_metric)
-                for tracker in output.trackers:
+                for tracker in (*trackers, *output.trackers):
                     tracker.on_scores(epoch, state.averages, state.metrics)
                 if output.path is not None and distributed.is_main:
                     publish(output.path, eval_setup.evaluator, evaluation, data.val, epoch, predictions_dir, is_best)
@@ -214,7 +175,7 @@ def main(
             )
             epoch_done = state.end_epoch(averages, sampler.num_batches, args.eval_every, args.epochs)
             if epoch_done is not None:
-                for tracker in output.trackers:
+                for tracker in (*trackers, *output.trackers):
                     tracker.on_epoch(epoch_done, state.averages)
             output.save(state.content(), epoch_done=epoch_done)
     logger.info("asked to stop: %s%s", state.where_stopped(), ", NOT saved" if output.last_save_failed else "")
@@ -284,15 +245,25 @@ def build_eval_setup(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
 
 
 def evaluate_only(
-    args: argparse.Namespace, data: Data, model: nn.Module, eval_setup: EvalSetup, stop: StopRequest
+    args: argparse.Namespace,
+    data: Data,
+    model: nn.Module,
+    eval_setup: EvalSetup,
+    stop: StopRequest,
+    trackers: Sequence[Tracker],
 ) -> int:
     """Score the model; results are written only where ``--output-dir`` is given."""
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir) if args.output_dir else None
     predictions_dir = folder if args.save_predictions else None
     evaluation = evaluate_model(model, eval_setup, stop=stop, predictions_dir=predictions_dir)
-    if folder is not None and evaluation is not None and rank() == 0:
-        append_metrics(folder, None, {}, evaluation.to_plain())
+    if evaluation is None:  # asked to stop
+        return 0
+    scores = evaluation.to_plain()
+    for tracker in trackers:
+        tracker.on_scores(None, {}, scores)
+    if folder is not None and rank() == 0:
+        append_metrics(folder, None, {}, scores)
         publish(folder, eval_setup.evaluator, evaluation, data.val, None, predictions_dir)
     return 0
 
@@ -381,8 +352,31 @@ def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: Stop
     return 0 if same else 1
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Parse flags, run `main`, and turn expected errors into one line and an exit code.
+def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Do what the flags say, for a program or a notebook; may be called several times in one process.
+
+    Returns:
+        The figures of the last evaluation, as in a line of ``metrics.jsonl``: ``run([...])["bbox"]["AP"]``; empty
+        without an evaluation.
+
+    Raises:
+        SetUpError: Something that the flags or files must put right, and the run has not started.
+        NonFiniteLossError: A loss or gradient was not finite.
+        RunError: The run has ended with another code than 0; its log says why.
+        SystemExit: The flags are wrong.
+    """
+    last = LastScores()
+    stop = StopRequest()
+    try:
+        if code := _run(argv, stop, [last]):
+            raise RunError(f"train.py has ended with {code}; the lines above say why")
+    finally:
+        stop.remove()
+    return last.scores
+
+
+def _run(argv: Sequence[str] | None, stop: StopRequest, trackers: Sequence[Tracker]) -> int:
+    """Parse flags and run `main`; returns the exit code.
 
     The process group is left in good order only after success: NCCL's way out waits for all other processes, and where
     this one has failed they wait for it.
@@ -391,50 +385,46 @@ def run(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     take_model_from_checkpoint(args)
     check_args(parser, args)
-    stop = StopRequest()
+    deterministic = args.use_deterministic_algorithms
+    distributed = start_process(stop, device=args.device, dist_url=args.dist_url, deterministic=deterministic)
+    logger.info("%d process(es) on %s, seed %d", distributed.world_size, distributed.device, args.seed)
+    log_ineffective_flags(args)
+    code = verify_resume(args, distributed, stop) if args.verify_resume else main(args, distributed, stop, trackers)
+    shut_down_distributed()
+    return code
+
+
+def run_as_command(argv: Sequence[str] | None = None) -> int:
+    """Do what the flags say, and turn expected errors into one line and an exit code."""
     try:
-        distributed = start_process(args, stop)
-        code = (verify_resume if args.verify_resume else main)(args, distributed, stop)
-        shut_down_distributed()
-        return code
+        return _run(argv, StopRequest(), [])
     except NonFiniteLossError as error:
         logger.error("%s", error)
         return EXIT_BAD_LOSS
     except SetUpError as error:
-        print_error(f"{parser.prog}: error: {error}")
+        print_error(f"train.py: error: {error}")
         return 1
     except Stopped as stopped:
-        print_error(f"{parser.prog}: {stopped}; nothing was trained")
+        print_error(f"train.py: {stopped}; nothing was trained")
         return 0
     except Exception as error:
         explained = explain_failure(error)
         if explained is None:
             raise
-        print_error(f"{parser.prog}: error: {explained}")
+        print_error(f"train.py: error: {explained}")
         return 1
     finally:
         note_signal(None)
 
 
-def run_and_leave(argv: list[str] | None = None) -> None:
-    """Run, and end the process at once with the exit code; after a bug with its traceback and 1."""
+def run_and_leave(argv: Sequence[str] | None = None) -> None:
+    """Run as a command, and end the process at once with the exit code; after a bug with its traceback and 1."""
     try:
-        code = run(argv)
+        code = run_as_command(argv)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         code = 1 if isinstance(error, Exception) else EXIT_SIGNAL + signal.SIGINT
     end_process(code)
-
-
-def end_process(code: int) -> None:
-    """Leave with an exit code, at once: Python would wait for a loading process that is stuck, for ever."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full
-            stream.flush()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler complains of loading processes that are killed
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -25,22 +27,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         """Return whether this process was asked to stop."""
         return self.signal_name is not None
 
     def install(self) -> None:
-        """Handle `STOP_SIGNALS` in this process; call it in the main thread."""
+        """Handle `STOP_SIGNALS` in this process; outside the main thread, which alone hears them, nothing happens."""
         note_signal(None)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def remove(self) -> None:
-        """Let signals end this process at once again."""
+        """Let signals do again what they did before; Ctrl-C raises where it ended the process, as while torch loads."""
         note_signal(None)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number, handler in self._before.items():
+            raises = number == signal.SIGINT and handler is signal.SIG_DFL
+            signal.signal(number, signal.default_int_handler if raises else handler)
+        self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":

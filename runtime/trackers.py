@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,19 @@ class Tracker:
     def on_epoch(self, epoch: int, averages: dict[str, float]) -> None:
         """Hear of a finished epoch: its averages, see `EpochLog.finish`."""
 
-    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
-        """Hear of an epoch's evaluation: its averages again, and `Evaluation.to_plain`."""
+    def on_scores(self, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Hear of an epoch's evaluation: its averages again, and `Evaluation.to_plain`; None: of no epoch."""
+
+
+@dataclass
+class LastScores(Tracker):
+    """Keeps the last evaluation's figures."""
+
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def on_scores(self, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
+        """Keep them."""
+        self.scores = scores
 
 
 @dataclass
@@ -87,11 +98,11 @@ class JsonlTracker(Tracker):
         """Add the epoch's line."""
         self._append(epoch, averages, {})
 
-    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+    def on_scores(self, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
         """Write the epoch's line again, with its scores."""
         self._append(epoch, averages, scores)
 
-    def _append(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+    def _append(self, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
         """Add the line; a full disk costs it, not the training."""
         try:
             append_metrics(self.folder, epoch, averages, scores)
@@ -115,12 +126,12 @@ class TensorBoardTracker(Tracker):
         """Write the epoch's losses and times."""
         self._write("train", averages, epoch)
 
-    def on_scores(self, epoch: int, averages: dict[str, float], scores: dict[str, Any]) -> None:
+    def on_scores(self, epoch: int | None, averages: dict[str, float], scores: dict[str, Any]) -> None:
         """Write the scores of each kind."""
         for kind in LOGGED_KINDS:
             self._write(kind, scores.get(kind, {}), epoch)
 
-    def _write(self, kind: str, values: dict[str, Any], epoch: int) -> None:
+    def _write(self, kind: str, values: dict[str, Any], epoch: int | None) -> None:
         try:
             for name, value in values.items():
                 if isinstance(value, float):

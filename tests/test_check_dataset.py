@@ -236,7 +236,7 @@ def what_training_says(root, flags, capsys):
         try:
             data = load_data(data_source(args), ARCHITECTURES[args.model].task)
         except (ValueError, FileNotFoundError):
-            assert train.run([*flags, "--data-path", str(root), "--device", "cpu", "--output-dir", ""]) == 1
+            assert train.run_as_command([*flags, "--data-path", str(root), "--device", "cpu", "--output-dir", ""]) == 1
             text = capsys.readouterr().err.partition("error: ")[2]
             return True, [line for line in text.splitlines() if not line.endswith("error(s) in the data:")]
     for split in (data.train, data.val):

@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_read_is_one_line_of_train(given, capfd, monkeyp
         raise PermissionError(13, "Permission denied", "train2017")
 
     monkeypatch.setattr(train, "load_data", refuse)  # root may read everything
-    assert train.run(given["train"][1]) == 1
+    assert train.run_as_command(given["train"][1]) == 1
     assert (
         capfd.readouterr()
         .err.splitlines()[-1]
@@ -204,9 +204,9 @@ def test_a_training_whose_log_nobody_reads_any_more_stops_as_for_a_signal(given,
     read_end, write_end = os.pipe()
     os.close(read_end)
     seen = []
-    monkeypatch.setattr(train, "main", lambda args, distributed, stop: seen.append(stop.signal_name) or 0)
+    monkeypatch.setattr(train, "main", lambda args, distributed, stop, trackers: seen.append(stop.signal_name) or 0)
     with stdout_into(monkeypatch, write_end):
-        assert train.run(given["train"][1]) == 0
+        assert train.run_as_command(given["train"][1]) == 0
     assert seen == ["SIGPIPE"] and capfd.readouterr().err == ""
 
 

@@ -371,7 +371,7 @@ def test_a_bad_dataset_file_is_refused(tmp_path, name):
 def run(root, *flags, model="keypointrcnn_resnet50_fpn", batch=2):
     common = [*QUICK, "--dataset", "custom", "--data-path", root, "--model", model, "--batch-size", batch]
     size = [] if model.startswith("ssd") else ["--min-size", "48", "--max-size", "64"]
-    return train.run([str(flag) for flag in (*common, *size, *flags)])
+    return train.run_as_command([str(flag) for flag in (*common, *size, *flags)])
 
 
 @pytest.mark.slow

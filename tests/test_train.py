@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -467,3 +468,25 @@ def test_a_rehearsal_takes_the_steps_of_training(drawn_coco, monkeypatch):
     (options,) = seen
     state = options.scaler.state_dict()
     assert options.accumulate == 2 and (state["scale"] != 65536.0 or state["_growth_tracker"] == 1 + REHEARSED_STEPS)
+
+
+def test_a_run_from_python_returns_its_figures_and_leaves_signals_alone(tmp_path, drawn_coco):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--batch-size", "2"]
+    flags = [str(flag) for flag in [*QUICK, *flags]]
+    figures = train.run([*flags, "--output-dir", str(tmp_path / "a")])
+    (line,) = lines(tmp_path / "a")
+    assert figures["bbox"] == line["bbox"] and "AP" in figures["bbox"] and figures["per_class"] == line["per_class"]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    again = train.run([*flags, "--test-only", "--resume", str(tmp_path / "a" / "weights" / "checkpoint.pth")])
+    assert again["bbox"] == figures["bbox"]
+    assert train.run([*flags, "--dry-run"]) == {}
+
+
+def test_a_failure_is_an_error_in_python(tmp_path, drawn_coco):
+    flags = [*QUICK, "--model", "ssdlite320_mobilenet_v3_large", "--output-dir", str(tmp_path / "a")]
+    with pytest.raises(train.SetUpError, match="nowhere"):
+        train.run([*flags, "--data-path", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        train.run([*flags, "--epochs", "many"])
+    assert ended.value.code == 2

@@ -23,7 +23,7 @@ import utils
 from loading import loaders
 from runtime import machine
 from runtime.trackers import Tracker
-from training import evaluate_model
+from training import evaluate_model, start_up
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", "0"))
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=20), 8
     machine.HANG_SECONDS = 30
     if "FAULT_PLAIN_GROUP" in os.environ:
-        train.init_distributed = plain_group
+        start_up.init_distributed = plain_group
     train.run_and_leave()

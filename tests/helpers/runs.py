@@ -39,7 +39,7 @@ QUICK = ["--device", "cpu", "--workers", "0", "--epochs", "1", "--warmup-iters",
 
 
 def run(*flags):
-    return train.run([str(flag) for flag in flags])
+    return train.run_as_command([str(flag) for flag in flags])
 
 
 def lines(output_dir):

@@ -162,7 +162,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     deepen(draw_coco(root / "data", 4), lambda levels: levels << 4)
     flags = [*QUICK, "--dataset", "coco", "--data-path", root / "data", "--model", MODEL, "--output-dir", root / "run"]
-    assert train.run([*map(str, flags), "--cache-dir", str(root / "cache"), "--batch-size", "2"]) == 0
+    assert train.run_as_command([*map(str, flags), "--cache-dir", str(root / "cache"), "--batch-size", "2"]) == 0
     return root / "data", root / "run"
 
 
@@ -176,7 +176,7 @@ def test_the_checkpoint_keeps_the_rule_and_evaluates_by_it(trained, tmp_path, ca
     flags = ["--dataset", "coco", "--model", MODEL, "--device", "cpu", "--workers", "0", "--test-only"]
     for data, beyond in ((root, False), (brighter, True)):
         capfd.readouterr()
-        assert train.run([*flags, "--data-path", str(data), "--resume", str(path)]) == 0
+        assert train.run_as_command([*flags, "--data-path", str(data), "--resume", str(path)]) == 0
         said = "".join(capfd.readouterr())
         assert ("4 of 4 picture(s) have values beyond 0 to 4095" in said) == beyond and "looked at" not in said
 

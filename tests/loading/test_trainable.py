@@ -42,7 +42,7 @@ def refusals(root, flags, capsys, *more):
     """Return what training and the doctor say, both ending with code 1."""
     flags = [*flags, *SIZES, "--data-path", str(root), *more]
     rest = ["--device", "cpu", "--workers", "0", "--dry-run", "--output-dir", ""]
-    assert train.run([*flags, *rest]) == 1
+    assert train.run_as_command([*flags, *rest]) == 1
     said = capsys.readouterr().err.partition("error: ")[2]
     assert check_dataset.run(flags) == 1
     return said.strip(), " ".join(capsys.readouterr().out.split())
@@ -120,7 +120,7 @@ def test_a_class_without_objects_and_few_objects_are_warned_of(tmp_path, capsys)
     root = draw_coco(tmp_path, 2)
     change_objects(root, lambda record, _: record.update(category_id=1))
     flags = [*BOXES, *SIZES, "--data-path", str(root), "--device", "cpu"]
-    assert train.run([*flags, "--workers", "0", "--batch-size", "1", "--dry-run", "--output-dir", ""]) == 0
+    assert train.run_as_command([*flags, "--workers", "0", "--batch-size", "1", "--dry-run", "--output-dir", ""]) == 0
     text = capsys.readouterr().out
     assert "2 of 3 classes have no object to train on: bicycle, car" in text
     assert re.search(r"only \d object\(s\) to train on", text)
@@ -175,7 +175,7 @@ def test_pictures_that_the_resize_shrinks_to_nothing_are_named_or_skipped(tmp_pa
     assert "600 x 3 pixels" in shown and "3 x 600 pixels" in shown
     flags = [*BOXES, *SIZES, "--data-path", str(root), "--device", "cpu"]
     more = ["--workers", "0", "--batch-size", "2", "--epochs", "1", "--output-dir", "", "--on-bad-data", "skip"]
-    assert train.run([*flags, *more]) == 0
+    assert train.run_as_command([*flags, *more]) == 0
     text = capsys.readouterr().out
     assert "000001.png: 600 x 3 pixels" in text and "the image is left out" in text
 

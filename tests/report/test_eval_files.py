@@ -278,7 +278,7 @@ def test_two_epochs_on_tiny_coco_leave_every_file(tiny_coco, tmp_path, capsys):
     content["annotations"] = [r for r in content["annotations"] if r["image_id"] in kept]
     path.write_text(json.dumps(content))
     flags = ["--data-path", root, "--model", "ssdlite320_mobilenet_v3_large", "--output-dir", out, "--batch-size", 8]
-    assert train.run([*QUICK, "--data-augmentation", "ssdlite", *map(str, flags)]) == 0
+    assert train.run_as_command([*QUICK, "--data-augmentation", "ssdlite", *map(str, flags)]) == 0
     lines, best = check_run(out, ["bbox"])
     log = capsys.readouterr().out
     assert f"AP         {lines[1]['bbox']['AP']:.4f}" in log and f"report: {out / 'report.html'}" in log
@@ -300,6 +300,6 @@ def test_two_epochs_on_glue_tubes_leave_every_file(glue_tubes, monkeypatch):
     out = glue_tubes / "result"
     flags = ["--dataset", "custom", "--data-path", glue_tubes, "--model", "keypointrcnn_resnet50_fpn"]
     flags += ["--min-size", 96, "--max-size", 160, "--batch-size", 2, "--max-dets", 10]
-    assert train.run([*QUICK, *map(str, flags)]) == 0
+    assert train.run_as_command([*QUICK, *map(str, flags)]) == 0
     lines, _ = check_run(out, ["bbox", "keypoints"])
     assert lines[1]["keypoint_errors"]["all"]["labelled"] > 0

@@ -20,6 +20,7 @@ from helpers.forked import Forked, run_script
 from helpers.runs import QUICK, run
 from loading import loaders
 from process.joining import _name_attempt
+from process.leaving import end_process
 from runtime import machine
 from runtime.machine import HangWatch, check_shared_memory, explain_failure
 from runtime.trackers import Tracker
@@ -144,7 +145,7 @@ def train_without_loader(root):
                 os.kill(int(child), signal.SIGKILL)
 
     train.train_one_epoch = tracked(kill_loader)
-    train.end_process(run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20"))
+    end_process(run(*QUICK, *SSDLITE, "--data-path", root, "--workers", "1", "--epochs", "20"))
 
 
 @pytest.mark.slow
@@ -163,7 +164,7 @@ def end_beside_stuck_loader():
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGSTOP)
         print("done", child.pid)
-    train.end_process(0)
+    end_process(0)
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def fail_in_a_group(store, error):
     """Train as one process of a group that cannot be left, as NCCL's where the others wait. For a process of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
-    def main(args, distributed, stop):
+    def main(args, distributed, stop, trackers):
         if error is not None:
             raise error
         return 0

@@ -285,7 +285,7 @@ def test_a_full_disk_is_found_before_the_first_step(drawn_coco, tmp_path, monkey
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1 << 20))
     flags = [*FAST, "--dataset", "coco", "--data-path", str(drawn_coco), "--output-dir", str(tmp_path / "a" / "b")]
-    assert train.run(flags) == 1
+    assert train.run_as_command(flags) == 1
     out = capsys.readouterr()
     assert "NOT ENOUGH" in out.out and "two checkpoints need" in out.err and "1 MB are free" in out.err
     assert not (tmp_path / "a").exists()
@@ -303,5 +303,5 @@ def test_a_full_disk_is_found_before_the_first_step(drawn_coco, tmp_path, monkey
 )
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
-        train.run(flags)
+        train.run_as_command(flags)
     assert end.value.code == 2 and message in capsys.readouterr().err
