@@ -197,8 +197,11 @@ class Detector:
             results: list[Found | BadFile] = list(loaded.bad)
             if loaded.batch is not None:
                 images, targets = unpack(loaded.batch, self.device)
-                for target, pixels, detections in zip(targets, _pictures(loaded.batch), self.detect(images)):
-                    results.append(Found(pixels, detections, self.trained, target["image_id"]))
+                pictures = loaded.batch.pictures(loaded.batch.buffer)
+                for target, picture, detections in zip(targets, pictures, self.detect(images)):
+                    results.append(
+                        Found(picture.permute(1, 2, 0).numpy(), detections, self.trained, target["image_id"])
+                    )
             yield results
 
 
@@ -245,13 +248,3 @@ def _collate(items: list[Sample | BadFile]) -> _Loaded:
 def _start_worker(_: int) -> None:
     """Let Ctrl-C reach the process that writes the results, which then ends this one."""
     leave_stopping_to_parent()
-
-
-def _pictures(batch: PackedBatch) -> list[np.ndarray]:
-    """Return the batch's pictures as they were decoded, uint8 [H, W, 3]."""
-    pictures, start = [], 0
-    for height, width in batch.image_sizes:
-        end = start + height * width * 3
-        pictures.append(batch.buffer[start:end].view(height, width, 3).numpy())
-        start = end
-    return pictures

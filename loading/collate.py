@@ -1,11 +1,13 @@
 """A batch in one piece of memory, and back into what torchvision's models take.
 
-A batch crosses the process border as one uint8 buffer (all images and mask blocks), in shared memory that is used
-again, and small numpy arrays; every tensor on its own would cost a shared-memory segment.
+A batch crosses the process border as one uint8 buffer, in shared memory that is used again, and goes to the device in
+one copy: all images, the masks as the places where they change, and the objects of all images in one block. Every
+tensor on its own would cost a shared-memory segment and a copy, and every image on its own some kernels.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from loading.samples import Sample
 from loading.shared_memory import SharedSlots
+from models.object_block import BatchTargets, ObjectBlock
 from pixels.geometry import Placement
 from pixels.lazy_image import finish_masks, finish_pixels
+from pixels.masks import mask_edges
 
 Targets = list[dict[str, Any]]
 
@@ -29,23 +33,35 @@ class PackedBatch:
     """A batch in one piece of memory.
 
     Attributes:
-        buffer: uint8, all images [h, w, 3] and then all mask blocks [h, w] one after another.
+        buffer: uint8, all images [h, w, 3] and then all ``fields``, one after another.
         image_sizes: (h, w) of every image in ``buffer``.
         placements: What is left to do with each image on the device, or None.
-        targets: As `Sample.target`, of numpy arrays.
-        blocks: Per image int64 [N, 4] as (left, top, h, w) of its mask blocks, or None.
+        image_ids: Id of every image.
+        counts: Number of objects of every image; None where the samples have none.
+        fields: Type and shape of each array that follows the images, in the order of falling alignment: ``edges`` int64
+            [E] of all masks, see `mask_edges`; and those of `ObjectBlock`: ``labels``, ``boxes``, ``keypoints`` and
+            ``is_object``.
+        edge_counts: Edges of every object's mask, for each image; None where the samples have no masks.
     """
 
     buffer: Tensor
     image_sizes: list[tuple[int, int]]
     placements: list[Placement | None]
-    targets: list[dict[str, np.ndarray | int]]
-    blocks: list[np.ndarray] | None
+    image_ids: list[int]
+    counts: tuple[int, ...] | None = None
+    fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    edge_counts: list[list[int]] | None = None
 
     def pin_memory(self) -> "PackedBatch":
         """Move the buffer to page-locked memory; the DataLoader calls this."""
         self.buffer = self.buffer.pin_memory()
         return self
+
+    def pictures(self, buffer: Tensor) -> list[Tensor]:
+        """Return the images [3, h, w] that ``buffer`` begins with, as views; of the batch's or of its values."""
+        sizes = [height * width * 3 for height, width in self.image_sizes]
+        parts = buffer[: sum(sizes)].split(sizes)
+        return [part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, self.image_sizes)]
 
 
 def allocate(num_bytes: int) -> Tensor:
@@ -55,23 +71,44 @@ def allocate(num_bytes: int) -> Tensor:
 
 def collate_fn(samples: list[Sample], allocate: Callable[[int], Tensor] = allocate) -> PackedBatch:
     """Pack samples into one buffer of ``allocate``."""
-    parts = [sample.pixels for sample in samples]
-    blocks = None
+    fields: dict[str, np.ndarray] = {}
+    counts = edge_counts = None
     if samples[0].blocks is not None:
-        blocks = []
-        for sample in samples:
-            assert sample.blocks is not None
-            rows = [(block.left, block.top, *block.pixels.shape) for block in sample.blocks]
-            blocks.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-            parts.extend(block.pixels for block in sample.blocks)
-    buffer = allocate(sum(part.size for part in parts))
+        found = [mask_edges(sample.blocks or (), *sample.pixels.shape[:2]) for sample in samples]
+        fields["edges"] = np.concatenate([edges for edges, _ in found])
+        edge_counts = [counts_of_image.tolist() for _, counts_of_image in found]
+    if "boxes" in samples[0].target:
+        counts = tuple(len(np.asarray(sample.target["boxes"])) for sample in samples)
+        fields |= _object_fields(samples, counts)
+    arrays = [sample.pixels for sample in samples]
+    arrays += [array.reshape(-1).view(np.uint8) for array in fields.values()]
+    buffer = allocate(sum(array.size for array in arrays))
     packed, start = buffer.numpy(), 0
-    for part in parts:
-        packed[start : start + part.size].reshape(part.shape)[...] = part
-        start += part.size
-    sizes = [sample.pixels.shape[:2] for sample in samples]
-    placements = [sample.placement for sample in samples]
-    return PackedBatch(buffer, sizes, placements, [sample.target for sample in samples], blocks)
+    for array in arrays:
+        packed[start : start + array.size].reshape(array.shape)[...] = array
+        start += array.size
+    return PackedBatch(
+        buffer,
+        [sample.pixels.shape[:2] for sample in samples],
+        [sample.placement for sample in samples],
+        [int(sample.target["image_id"]) for sample in samples],
+        counts,
+        {name: (torch.from_numpy(array).dtype, array.shape) for name, array in fields.items()},
+        edge_counts,
+    )
+
+
+def _object_fields(samples: list[Sample], counts: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Return the fields of the samples' `ObjectBlock`, zeros in the empty places."""
+    fields: dict[str, np.ndarray] = {}
+    for name in ("labels", "boxes", "keypoints"):
+        if name in samples[0].target:
+            values = [np.asarray(sample.target[name]) for sample in samples]
+            fields[name] = np.zeros((len(samples), max(1, *counts), *values[0].shape[1:]), dtype=values[0].dtype)
+            for places, value in zip(fields[name], values):
+                places[: len(value)] = value
+    fields["is_object"] = np.arange(max(1, *counts)) < np.array(counts)[:, None]
+    return fields
 
 
 class SharedCollate:
@@ -97,63 +134,80 @@ def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targ
 
     Returns:
         Images, float32 [3, H, W] in 0..1, and one dict per image: ``image_id`` (int) and the tensors of
-        `Sample.target`, with ``masks`` uint8 [N, H, W] where the samples have blocks.
+        `Sample.target`, with ``masks`` uint8 [N, H, W] where the samples have blocks. Where samples have objects, the
+        dicts are `BatchTargets`.
     """
     beside = device.type != "mps"  # MPS does not order such copies
     buffer = batch.buffer.to(device, non_blocking=beside)
-    images: list[Tensor] = []
-    start = 0
-    for (height, width), placement in zip(batch.image_sizes, batch.placements):
-        size = height * width * 3
-        pixels = buffer[start : start + size].view(height, width, 3).permute(2, 0, 1)
-        # v2's to_dtype multiplies by 1 / 255 as well; dividing differs in the last bit.
-        image = pixels.contiguous().to(torch.float32).mul_(1 / 255)
-        images.append(image if placement is None else finish_pixels(image, placement))
-        start += size
+    num_levels = sum(3 * height * width for height, width in batch.image_sizes)
+    # v2's to_dtype multiplies by 1 / 255 as well; dividing differs in the last bit.
+    images = batch.pictures(buffer[:num_levels].to(torch.float32).mul_(1 / 255))
+    images = [
+        image if placement is None else finish_pixels(image, placement)
+        for image, placement in zip(images, batch.placements)
+    ]
+    targets: Targets = [{"image_id": image_id} for image_id in batch.image_ids]
+    if not batch.fields:
+        return images, targets
+    # A copy, in which every field is aligned: it may outlive the slot in shared memory, and does not keep the pixels.
+    fields = _split_fields(buffer[num_levels:].clone(), batch)
+    masks = None
+    if batch.edge_counts is not None:
+        masks, start = [], 0
+        for edge_counts, size, placement in zip(batch.edge_counts, batch.image_sizes, batch.placements):
+            masks.append(_unpack_masks(fields["edges"][start:], edge_counts, size, placement))
+            start += sum(edge_counts)
+        for target, of_image in zip(targets, masks):
+            target["masks"] = of_image
+    if batch.counts is None:
+        return images, targets
+    objects = ObjectBlock(
+        fields["boxes"], fields["labels"], fields["is_object"], batch.counts, fields.get("keypoints"), masks
+    )
+    for name in fields.keys() & {"boxes", "labels", "keypoints"}:
+        for target, values, count in zip(targets, fields[name], batch.counts):
+            target[name] = values[:count]
+    return images, BatchTargets(targets, objects)
 
-    targets: Targets = []
-    for i, arrays in enumerate(batch.targets):
-        target: dict[str, Any] = {
-            name: value if isinstance(value, int) else torch.from_numpy(value).to(device, non_blocking=beside)
-            for name, value in arrays.items()
-        }
-        if batch.blocks is not None:
-            rows = batch.blocks[i].tolist()
-            target["masks"] = _unpack_masks(buffer[start:], rows, batch.image_sizes[i], batch.placements[i])
-            start += sum(height * width for _, _, height, width in rows)
-        targets.append(target)
-    return images, targets
+
+def _split_fields(values: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    """Return the fields of a batch as views of ``values``, the bytes behind its images."""
+    fields, start = {}, 0
+    for name, (dtype, shape) in batch.fields.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        fields[name] = values[start:end].view(dtype).view(shape)
+        start = end
+    return fields
 
 
-def _unpack_masks(buffer: Tensor, rows: list[list[int]], size: tuple[int, int], placement: Placement | None) -> Tensor:
-    """Return the masks of one image on its canvas, uint8 [N, H, W], on the buffer's device.
+def _unpack_masks(edges: Tensor, counts: list[int], size: tuple[int, int], placement: Placement | None) -> Tensor:
+    """Return the masks of one image on its canvas, uint8 [N, H, W], on the device of ``edges``.
 
     Where the device resizes them, masks of the source's size exist for a few objects at a time only.
 
     Args:
-        buffer: uint8, begins with the pixels of the mask blocks.
-        rows: (left, top, h, w) of each block.
+        edges: int64, begins with the edges of the image's masks.
+        counts: Edges of each mask.
         size: (h, w) of the image in the batch.
         placement: What is left to do with it.
     """
     if placement is None:
-        return _paste_blocks(buffer, rows, size)
+        return _fill_edges(edges[: sum(counts)], len(counts), size)
     at_once = max(1, MAX_MASK_BYTES // (size[0] * size[1]))
-    if len(rows) <= at_once:
-        return finish_masks(_paste_blocks(buffer, rows, size), placement)
-    masks, start = buffer.new_empty((len(rows), placement.height, placement.width)), 0
-    for first in range(0, len(rows), at_once):
-        piece = rows[first : first + at_once]
-        masks[first : first + at_once] = finish_masks(_paste_blocks(buffer[start:], piece, size), placement)
-        start += sum(height * width for _, _, height, width in piece)
+    if len(counts) <= at_once:
+        return finish_masks(_fill_edges(edges[: sum(counts)], len(counts), size), placement)
+    masks = torch.empty((len(counts), placement.height, placement.width), dtype=torch.uint8, device=edges.device)
+    start = 0
+    for first in range(0, len(counts), at_once):
+        piece = counts[first : first + at_once]
+        places = edges[start : start + sum(piece)] - first * size[0] * size[1]
+        masks[first : first + at_once] = finish_masks(_fill_edges(places, len(piece), size), placement)
+        start += sum(piece)
     return masks
 
 
-def _paste_blocks(buffer: Tensor, rows: list[list[int]], size: tuple[int, int]) -> Tensor:
-    """Return the masks of the blocks that ``buffer`` begins with, uint8 [N, *size]; arguments as `_unpack_masks`."""
-    masks, start = buffer.new_zeros((len(rows), *size)), 0
-    for mask, (left, top, height, width) in zip(masks, rows):
-        block = buffer[start : start + height * width].view(height, width)
-        mask[top : top + height, left : left + width] = block
-        start += height * width
-    return masks
+def _fill_edges(edges: Tensor, num_masks: int, size: tuple[int, int]) -> Tensor:
+    """Return the masks, uint8 [num_masks, *size], that change at ``edges``: 1 after an odd number of them in a row."""
+    masks = torch.zeros((num_masks, *size), dtype=torch.uint8, device=edges.device)
+    masks.view(-1).index_fill_(0, edges, 1)
+    return masks.cumsum_(-1).bitwise_and_(1)  # the sum wraps around at 256, which is even

@@ -86,7 +86,8 @@ class DeviceLoader:
             with torch.cuda.stream(self.stream):  # runs beside what the previous step has left in the queue
                 images, targets = unpack(batch, self.device)
             torch.cuda.current_stream().wait_stream(self.stream)
-            yield self._hand_over(images, targets)
+            self._hand_over(images, targets)
+            yield images, targets
 
     def _watched(self) -> Iterator[PackedBatch]:
         """Yield packed batches; a process that does not come back for the next one is ended."""
@@ -98,16 +99,13 @@ class DeviceLoader:
         finally:
             watch.end()
 
-    def _hand_over(self, images: list[Tensor], targets: Targets) -> tuple[list[Tensor], Targets]:
-        """Tell the allocator that tensors made on the copy stream are now used on the current one."""
+    def _hand_over(self, images: list[Tensor], targets: Targets) -> None:
+        """Tell the allocator that memory that was filled on the copy stream is now used on the current one."""
         stream = torch.cuda.current_stream()
-        for image in images:
-            image.record_stream(stream)
-        for target in targets:
-            for value in target.values():
-                if isinstance(value, Tensor):
-                    value.record_stream(stream)
-        return images, targets
+        values = [value for target in targets for value in target.values() if isinstance(value, Tensor)]
+        # Most are views of a few pieces of memory.
+        for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in [*images, *values]}.values():
+            tensor.record_stream(stream)
 
 
 def _start_worker(worker_id: int) -> None:

@@ -210,6 +210,37 @@ def area_of_polygons(polygons: Sequence[np.ndarray], height: int, width: int) ->
     return float(np.count_nonzero(block_from_polygons(polygons, height, width).pixels))
 
 
+def mask_edges(blocks: Sequence[MaskBlock], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where masks change along the rows of their canvases, which lie one after another.
+
+    Every row begins with 0; whether the number of edges up to a pixel is odd says whether the pixel is 1.
+
+    Args:
+        blocks: They lie inside their canvases.
+        height: Height of every canvas in pixels.
+        width: Width of every canvas in pixels.
+
+    Returns:
+        int64 [E], in rising order: pixels counted through all canvases. And how many belong to each mask, int64 [N].
+    """
+    shapes = np.array([block.pixels.shape for block in blocks], dtype=np.int64).reshape(-1, 2)
+    lefts, tops = (np.array([block[i] for block in blocks], dtype=np.int64) for i in range(2))
+    sizes = shapes[:, 0] * (shapes[:, 1] + 1)  # with a 0 behind every row
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    rows_of_all = np.zeros(1 + int(sizes.sum()), dtype=np.uint8)
+    for block, start, end in zip(blocks, starts.tolist(), ends.tolist()):
+        padded = rows_of_all[1 + start : 1 + end].reshape(-1, block.pixels.shape[1] + 1)
+        padded[:, :-1] = block.pixels
+    edges = np.flatnonzero(rows_of_all[1:] != rows_of_all[:-1])
+    mask = np.repeat(np.arange(len(blocks)), np.searchsorted(edges, ends) - np.searchsorted(edges, starts))
+    rows, columns = np.divmod(edges - starts[mask], shapes[mask, 1] + 1)
+    columns += lefts[mask]
+    kept = columns < width  # a run up to the last column ends with its row
+    places = (mask * height + tops[mask] + rows) * width + columns
+    return places[kept], np.bincount(mask[kept], minlength=len(blocks))
+
+
 def paste_blocks(blocks: Sequence[MaskBlock], height: int, width: int) -> np.ndarray:
     """Return full masks, uint8 [N, height, width], from blocks that lie inside the image."""
     masks = np.zeros((len(blocks), height, width), dtype=np.uint8)
