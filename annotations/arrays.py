@@ -230,7 +230,7 @@ def cached_annotations(
     key = hashlib.sha256(f"{source.resolve()}\n{options}\n{CACHE_FORMAT}".encode()).hexdigest()[:16]
     path = cache_dir / f"{source.stem}-{key}.annotations"
     stamp_path = path.with_suffix(".json")
-    with _locked(path.with_suffix(".lock"), f"another process, which reads {source} for the cache") as problem:
+    with locked(path.with_suffix(".lock"), f"another process, which reads {source} for the cache") as problem:
         if problem is None and _is_fresh(source, files, stamp_path) and path.exists():
             try:
                 return load_annotations(path)
@@ -250,7 +250,7 @@ def cached_annotations(
 
 
 @contextlib.contextmanager
-def _locked(path: Path, holder: str) -> Iterator[OSError | WaitError | None]:
+def locked(path: Path, holder: str) -> Iterator[OSError | WaitError | None]:
     """Hold an exclusive lock on ``path``; yield the reason where its folder or the lock cannot be had.
 
     Args:

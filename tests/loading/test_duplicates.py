@@ -7,8 +7,9 @@ from PIL import Image, ImageFilter
 from annotations.findings import Findings
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
-from loading.duplicates import find_equal_pairs, fingerprint_images
+from loading.duplicates import Fingerprints, find_equal_pairs, fingerprint_images, group_equal
 from loading.samples import ImageFolder
+from pixels.images import BadImageError
 
 
 def landscape(seed, size=(90, 120)):
@@ -86,3 +87,44 @@ def test_known_files_are_not_opened_again_until_they_change(tmp_path, monkeypatc
     assert again.digests == before.digests and (again.thumbnails == before.thumbnails).all()
     landscape(1).save(tmp_path / "a.png")
     assert fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache").digests != before.digests
+
+
+def test_groups_are_what_pairs_link_in_any_order():
+    """Against a plain loop over all pairs, with chains whose ends do not look the same."""
+    rng = np.random.default_rng(0)
+    looks = []
+    for _ in range(6):
+        looks.append(rng.integers(0, 255, (16, 17)))
+        for _ in range(4):  # a step changes some differences, several steps too many
+            step = looks[-1].copy()
+            step[rng.integers(16, size=9), rng.integers(17, size=9)] = rng.integers(0, 255, 9)
+            looks.append(step)
+    digests = [str(k) for k in range(28)] + ["3", "12"]  # two are the same file as others, whatever they look like
+    order = rng.permutation(30)
+
+    def prints(chosen):
+        thumbnails = np.array([looks[k] for k in chosen], dtype=np.uint8)
+        count = len(chosen)
+        ones, levels = np.ones(count, dtype=np.int64), np.zeros((count, 2), dtype=np.uint8)
+        return Fingerprints(np.arange(count), [digests[k] for k in chosen], thumbnails, ones, ["L"] * count, levels)
+
+    def same(a, b):
+        return digests[a] == digests[b] or bool(list(find_equal_pairs(prints([a]), prints([b]))))
+
+    group = np.arange(30)
+    for a in range(30):
+        for b in range(30):
+            if same(a, b):
+                group[group == group[a]] = group[b]
+    assert any(group[a] == group[b] and not same(a, b) for a in range(30) for b in range(a))
+    assert 3 < len(set(group.tolist())) < 30
+    found = group_equal(prints(order))
+    assert ((found[:, None] == found) == (group[order][:, None] == group[order])).all()
+
+
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path):
+    landscape(0).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadImageError, match=r"a\.png: cannot decode the image"):
+        fingerprints(tmp_path, ["a.png"])
