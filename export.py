@@ -158,16 +158,20 @@ def exportable(model: nn.Module, spec: ModelSpec, to_format: str) -> OnePicture:
 
 
 def dataset_pictures(flags: Mapping[str, Any]) -> list[Path]:
-    """Return some pictures of the validation split that a training with these flags had; empty where it is not here."""
+    """Return some pictures that a training with these flags was scored on; empty where they are not here.
+
+    Where they were held out, they are some of all its pictures.
+    """
     kind = DATASETS.get(str(flags.get("dataset")))
     if kind is None or not (kind.has_own_json or kind.has_coco_files):
         return []
     root = Path(str(flags.get("data_path")))
-    folder = root / "test"
+    role = "train" if flags.get("val_fraction") else "val"
+    folder = root / {"train": "train", "val": "test"}[role]
     if kind.has_coco_files:
-        given = [flags.get("val_images"), flags.get("val_annotations")]
+        given = [flags.get(f"{role}_images"), flags.get(f"{role}_annotations")]
         try:
-            folder = find_coco_paths(root, "val", str(flags["dataset"]), *given).images
+            folder = find_coco_paths(root, role, str(flags["dataset"]), *given).images
         except OSError:
             return []
     names = sorted(filter(is_picture_name, list_folder(folder).files)) if folder.is_dir() else []

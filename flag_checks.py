@@ -77,6 +77,8 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: must not be negative")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        parser.error(f"--val-fraction {args.val_fraction}: expected a share between 0 and 1, such as 0.2")
     for name in ("min_size", "max_size"):
         sides = getattr(args, name) or ()
         for side in sides if isinstance(sides, (list, tuple)) else [sides]:

@@ -84,6 +84,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-images", metavar="DIR", help="read validation images of another COCO-style set here")
     group.add_argument("--val-annotations", metavar="FILE", help="read the COCO json of --val-images here")
     group.add_argument(
+        "--val-fraction", type=float, metavar="SHARE",
+        help="score on this share of the training pictures, held out by their content and --seed; for data without val"
+    )  # fmt: skip
+    group.add_argument(
         "--keep-negatives", action=argparse.BooleanOptionalAction, default=None,
         help="train on images without objects too; default: for all but coco and coco_kp"
     )  # fmt: skip
@@ -320,6 +324,8 @@ def data_source(args: argparse.Namespace) -> Source:
         on_bad_data=args.on_bad_data,
         cache_dir=Path(args.cache_dir) if args.cache_dir else None,
         paths=paths,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
     )
 
 

@@ -27,6 +27,11 @@ class LabelMap:
         """Number of labels, background included."""
         return len(self.category_ids) + 1
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels that have a category."""
+        return tuple(name for id_, name in zip(self.category_ids, self.names) if id_ >= 0)
+
     def labels_of(self, category_ids: np.ndarray) -> np.ndarray:
         """Return the int64 label of every category id; all of them must be known."""
         sorted_ids, labels = self._sorted

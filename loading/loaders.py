@@ -130,7 +130,7 @@ def _build_train_dataset(
     indices = training_indices(data.train, keep_negatives=keep_negatives, needs_keypoints=task == "keypoint")
     trainable = count_trainable(data.train, data.label_map, spec, indices)
     text = "training on %d of %d images of %s; objects: %s"
-    logger.info(text, len(indices), len(data.train.annotations), data.train.name, trainable.format_counts())
+    logger.info(text, len(indices), data.train.num_images, data.train.name, trainable.format_counts())
     trainable.check()
     return DetectionDataset(
         data.train.annotations,

@@ -17,6 +17,10 @@ from pixels.value_range import ValueRange
 logger = logging.getLogger(__name__)
 
 
+class NoSplitError(FileNotFoundError):
+    """A dataset names no pictures for a role."""
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of a dataset.
@@ -28,6 +32,8 @@ class Split:
         indices: The usable images, int64.
         skeleton: Names, links and left-right partners of the keypoints; empty without keypoints.
         unused: Pictures below the image folder that no entry names.
+        members: The images that belong to the split, usable or not, int64; None for all. Where one split is held out
+            of another, both have the same annotations.
     """
 
     name: str
@@ -36,6 +42,20 @@ class Split:
     indices: np.ndarray
     skeleton: Skeleton = field(default_factory=Skeleton)
     unused: tuple[str, ...] = ()
+    members: np.ndarray | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, unusable ones included."""
+        return len(self.annotations) if self.members is None else len(self.members)
+
+    def is_member(self) -> np.ndarray:
+        """Return which images of the annotations belong to the split, bool [I]."""
+        return (
+            np.ones(len(self.annotations), dtype=bool)
+            if self.members is None
+            else np.isin(np.arange(len(self.annotations)), self.members)
+        )
 
     def shown_in(self, value_range: ValueRange) -> "Split":
         """Return the split with these values as black and white, where its pictures are files."""

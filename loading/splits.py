@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from annotations.arrays import Annotations, cached_annotations
 from annotations.findings import Findings
-from annotations.image_checks import check_decoding, check_files, find_shared_files
+from annotations.image_checks import check_decoding, check_files
 from annotations.labels import LabelMap
 from annotations.skeleton import (
     Skeleton,
@@ -25,12 +24,13 @@ from annotations.skeleton import (
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
 from loading.brightness import dataset_value_range
+from loading.holdout import Holdout, hold_out
 from loading.samples import ImageFolder
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
-from loading.split import Split, checked_split, implied_pairs, log_warnings
+from loading.split import NoSplitError, Split, checked_split, implied_pairs, log_warnings
+from loading.split_checks import check_names, warn_of_overlap, warn_of_unused
 from loading.voc_dataset import load_voc_split
 from loading.yolo_dataset import load_yolo_split
-from pixels.image_files import examples
 from pixels.value_range import ValueRange
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def find_coco_paths(
     """Return where the ``train`` or ``val`` split lies: as given, in COCO's layout, or as annotation tools export.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        NoSplitError: Nothing is there.
+        FileNotFoundError: The annotations are there without their images, or flags name annotations that are not there.
     """
     kind = "person_keypoints" if dataset == "coco_kp" else "instances"
     export = root / ("train" if role == "train" else "valid")
@@ -70,7 +71,8 @@ def find_coco_paths(
             return paths
     tried = " nor ".join(str(paths.annotations) for paths in candidates)
     flags = f"--{role}-images and --{role}-annotations"
-    raise FileNotFoundError(f"no {role} annotations: neither {tried} exists; set --data-path, or {flags}")
+    error = NoSplitError if annotations is None else FileNotFoundError
+    raise error(f"no {role} annotations: neither {tried} exists; set --data-path, or {flags}")
 
 
 def load_coco_split(
@@ -108,8 +110,15 @@ def load_custom_split(
         uses: What is learnt beside boxes, see `annotations_from_records`.
         cache_dir: Remembers which images decode.
         classes: Names of the labels, where ``dataset.json`` has none: those of the training split or checkpoint.
+
+    Raises:
+        NoSplitError: There is no such folder.
+        BadDataError: What is wrong with the data, all findings at once.
     """
     folder = root / ("train" if role == "train" else "test")
+    if not folder.exists():
+        needed = f"{folder}/images and {folder}/annotations with one json per image"
+        raise NoSplitError(f"{folder}/images: no such folder; expected {needed}")
     findings = Findings(on_bad_data)
     info = read_dataset_info(root, findings, uses=uses)
     if not info.classes and classes:
@@ -153,6 +162,8 @@ class Source:
         on_bad_data: ``error`` or ``skip``.
         cache_dir: For annotation caches; None for the default.
         paths: (images, annotations) of the roles ``train`` and ``val`` where they are given explicitly.
+        val_fraction: ``--val-fraction``: the share of the training pictures that is held out; None for none.
+        seed: Decides with each picture's content whether it is held out.
     """
 
     dataset: str
@@ -160,6 +171,8 @@ class Source:
     on_bad_data: str = "error"
     cache_dir: Path | None = None
     paths: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    val_fraction: float | None = None
+    seed: int = 0
 
     def load(self, role: str, *, task: str, classes: Sequence[str] = ()) -> Split:
         """Read the split ``train`` or ``val``; ``task`` as in `load_data`, ``classes`` as in `load_custom_split`."""
@@ -233,6 +246,7 @@ class Data:
         flip_order: int64 [K], which keypoint takes whose place in a mirror; None where not known.
         sigmas: OKS sigmas, float64 [K]; None without keypoints.
         value_range: Which values are black and white, where a channel has more than 8 bits; the splits have it too.
+        holdout: How ``val`` was held out of the training pictures; None where it was given.
     """
 
     train: Split | None
@@ -241,6 +255,7 @@ class Data:
     flip_order: np.ndarray | None = None
     sigmas: np.ndarray | None = None
     value_range: ValueRange = ValueRange()
+    holdout: Holdout | None = None
 
     @property
     def num_keypoints(self) -> int:
@@ -263,6 +278,7 @@ class Data:
             "skeleton": [list(link) for link in skeleton.links],
             "sigmas": None if self.sigmas is None else self.sigmas.tolist(),
             "value_range": self.value_range.to_plain(),
+            "holdout": None if self.holdout is None else self.holdout.to_plain(),
         }
 
 
@@ -287,40 +303,73 @@ def load_data(
         FileNotFoundError: A file or folder is missing.
         ValueError: The data cannot be used; one line per finding.
     """
+    holdout = Holdout.asked(source.val_fraction, source.seed, known)
+    train, val, label_map = _load_splits(source, task, known=known, test_only=test_only, holds_out=holdout is not None)
+    loaded = [split for split in (train, val) if split is not None]
+    for split in loaded:
+        if known is not None:
+            check_names(split, known["label_categories"], known["label_names"], "the checkpoint")
+    if train is not None and val is not None:
+        check_names(val, label_map.category_ids, label_map.names, train.name)
+    known_ids = set(label_map.category_ids)
+    unknown = [name for id_, name in loaded[-1].annotations.categories if id_ not in known_ids]
+    if unknown:
+        logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
+    if train is not None and not test_only:
+        warn_of_unused(train, val or train)
+    if train is not None and val is not None:
+        warn_of_overlap(train, val)
+    value_range = ValueRange() if known is None else ValueRange.from_plain(known.get("value_range"))
+    parts = [(split.images, split.annotations, split.indices) for split in loaded]
+    value_range = dataset_value_range(parts, value_range, loaded[0].name, source.cache_dir)
+    train, val = (split and split.shown_in(value_range) for split in (train, val))
+    if val is not None:
+        holdout = None
+    else:
+        assert train is not None and holdout is not None
+        if known is not None and not known.get("holdout"):
+            logger.warning("the checkpoint held out no pictures: scores are too good where it was trained on these")
+        train, val, holdout = hold_out(train, holdout, cache_dir=source.cache_dir)
+    data = Data(None if test_only else train, val, label_map, value_range=value_range, holdout=holdout)
+    return _with_keypoints(data, sigmas) if task == "keypoint" else data
+
+
+def _load_splits(
+    source: Source, task: str, *, known: dict[str, Any] | None, test_only: bool, holds_out: bool
+) -> tuple[Split | None, Split | None, LabelMap]:
+    """Return (training split, validation split, labels), the splits as the data have them.
+
+    With ``test_only`` there is no training split. Where the data have no validation split and one ``holds_out``, there
+    is a training split alone.
+    """
     train = None
+    label_map = None if known is None else LabelMap.from_plain(known)
     if not test_only:
         train = source.load("train", task=task, classes=tuple(known["label_names"]) if known else ())
         if not train.annotations.num_objects:
             raise ValueError(f"{train.name}: no objects to train on")
-    if train is not None:
         label_map = label_map_for(train.annotations)
-    elif known is not None:
-        label_map = LabelMap.from_plain(known)
-    else:
-        label_map = label_map_for(source.load("val", task=task).annotations)
-    names = tuple(name for id_, name in zip(label_map.category_ids, label_map.names) if id_ >= 0)
-    val = source.load("val", task=task, classes=names)
-    if not len(val.indices):
+    names = () if label_map is None else label_map.class_names
+    val = None
+    try:
+        val = source.load("val", task=task, classes=names)
+    except NoSplitError as error:
+        if not holds_out:
+            advice = "or give --val-fraction 0.2 to hold out a fifth of the training pictures"
+            raise FileNotFoundError(f"{error}; {advice}") from None
+        train = train or source.load("train", task=task, classes=names)
+    if val is not None and not len(val.indices):
         raise ValueError(f"{val.name}: no images to evaluate on")
-    for split in (train, val):
-        if split is not None and known is not None:
-            _check_names(split, known["label_categories"], known["label_names"], "the checkpoint")
-    if train is not None:
-        _check_names(val, label_map.category_ids, label_map.names, train.name)
-    known_ids = set(label_map.category_ids)
-    unknown = [name for id_, name in val.annotations.categories if id_ not in known_ids]
-    if unknown:
-        logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
-    if train is not None:
-        _warn_of_unused(train, val)
-        _warn_of_overlap(train, val)
-    value_range = ValueRange() if known is None else ValueRange.from_plain(known.get("value_range"))
-    parts = [(split.images, split.annotations, split.indices) for split in (train, val) if split is not None]
-    value_range = dataset_value_range(parts, value_range, (train or val).name, source.cache_dir)
-    train, val = train and train.shown_in(value_range), val.shown_in(value_range)
-    if task != "keypoint":
-        return Data(train, val, label_map, value_range=value_range)
+    if val is not None and source.val_fraction is not None:
+        raise ValueError(f"--val-fraction is for data without a validation split, and {val.name} is one: leave it out")
+    first = train or val
+    assert first is not None
+    return train, val, label_map or label_map_for(first.annotations)
 
+
+def _with_keypoints(data: Data, sigmas: Sequence[float] | None) -> Data:
+    """Return the data with the mirror map and OKS sigmas of their keypoints; ``sigmas`` as in `load_data`."""
+    train, val = data.train, data.val
     of_split = train or val
     num_keypoints = of_split.annotations.num_keypoints
     if not num_keypoints:
@@ -330,62 +379,7 @@ def load_data(
         raise ValueError(f"{val.name}: {found} keypoints per object, {of_split.name} has {num_keypoints}")
     values, origin = choose_sigmas(sigmas, of_split.skeleton, num_keypoints)
     logger.info("OKS sigmas from %s: %s", origin, " ".join(f"{s:g}" for s in values))
-    return Data(train, val, label_map, None if train is None else _proven_flip_order(train), values, value_range)
-
-
-def _check_names(split: Split, ids: Sequence[int], names: Sequence[str], where: str) -> None:
-    """Refuse a split that calls a category by another name than the labels' origin does.
-
-    Raises:
-        ValueError: Both names, and where they stand.
-    """
-    known = dict(zip(ids, names))
-    for id_, name in split.annotations.categories:
-        if known.get(id_, name) != name:
-            raise ValueError(
-                f"{split.name}: category {id_} is {name!r}, but {known[id_]!r} in {where}; labels go by the id, so "
-                "one class would be taken for the other: give both the same ids and names"
-            )
-
-
-def _warn_of_unused(train: Split, val: Split) -> None:
-    """Say which pictures in the image folders no entry of either split names; both may share one folder."""
-    for split, other in ((train, val), (val, train)):
-        if not split.unused or not isinstance(split.images, ImageFolder) or not isinstance(other.images, ImageFolder):
-            continue
-        root = split.images.root.resolve()
-        names, other_root = other.annotations.file_name, other.images.root.resolve()
-        of_other = {os.path.join(other_root, names(i)) for i in range(len(other.annotations))}  # noqa: PTH118 - fast
-        unused = [name for name in split.unused if os.path.join(root, name) not in of_other]  # noqa: PTH118
-        if unused:
-            logger.warning(
-                "%s: %d picture(s) that no entry of %s names are not used: %s",
-                split.images.root,
-                len(unused),
-                split.name,
-                examples(unused),
-            )
-            if root == other_root:
-                return
-
-
-def _warn_of_overlap(train: Split, val: Split) -> None:
-    """Warn of pictures that are trained on and scored on."""
-    paths = []
-    for split in (train, val):
-        if not isinstance(split.images, ImageFolder):
-            return
-        paths.append([split.images.root / split.annotations.file_name(i) for i in split.indices.tolist()])
-    pairs = find_shared_files(*paths)
-    if pairs:
-        example = f"{pairs[0][1]} is {pairs[0][0]}"
-        logger.warning(
-            "%d of %d pictures to evaluate on are also trained on (%s): scores will be too good; "
-            "check_dataset.py lists them",
-            len(pairs),
-            len(val.indices),
-            example,
-        )
+    return replace(data, flip_order=None if train is None else _proven_flip_order(train), sigmas=values)
 
 
 def _proven_flip_order(split: Split) -> np.ndarray | None:

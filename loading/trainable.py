@@ -151,6 +151,7 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     boxes = clipped_boxes(annotations, image_of, slice(None))
     sides = boxes[:, 2:] - boxes[:, :2]
     is_usable, is_used = (np.isin(np.arange(len(annotations)), chosen) for chosen in (split.indices, images))
+    is_member = split.is_member()[image_of]
     is_empty = (sides < MIN_BOX_SIDE).any(axis=1)
     largest = max(short_sides(spec))
     scales = np.stack(resize_scales(annotations.heights, annotations.widths, spec, short_side=largest), axis=1)
@@ -160,10 +161,10 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     reason = np.select(excluded, range(len(REASONS)), default=len(REASONS))
     ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
     cells = reason * len(ids) + np.searchsorted(ids, annotations.category_ids)
-    table = np.bincount(cells, minlength=(len(REASONS) + 1) * len(ids)).reshape(-1, len(ids))
+    table = np.bincount(cells[is_member], minlength=(len(REASONS) + 1) * len(ids)).reshape(-1, len(ids))
     normalised = look_normalised(annotations.boxes_xywh, annotations.heights[image_of], annotations.widths[image_of])
-    has_box = (annotations.boxes_xywh[:, 2:] > 0).all(axis=1) & ~annotations.is_crowd
-    empty_ones = is_empty & ~annotations.is_crowd
+    has_box = (annotations.boxes_xywh[:, 2:] > 0).all(axis=1) & ~annotations.is_crowd & is_member
+    empty_ones = is_empty & ~annotations.is_crowd & is_member
     return Trainable(
         split.name,
         annotations.categories,

@@ -25,7 +25,7 @@ from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton
 from coco_utils import annotations_from_records
 from loading.samples import ImageFolder
-from loading.split import Split, checked_split
+from loading.split import NoSplitError, Split, checked_split
 from pixels.image_files import is_picture_name, spelling
 from pixels.images import BadImageError, read_header
 
@@ -84,7 +84,8 @@ def find_list(root: Path, role: str) -> Path:
     """Return the file that lists the pictures of ``train`` or ``val``.
 
     Raises:
-        FileNotFoundError: ``root`` is no such dataset, or has no list for the role.
+        FileNotFoundError: ``root`` is no such dataset.
+        NoSplitError: It has no list for the role.
     """
     folder = root / "ImageSets" / "Main"
     for needed in (root / "Annotations", root / "JPEGImages", folder):
@@ -102,7 +103,7 @@ def find_list(root: Path, role: str) -> Path:
         if names[column].is_file():
             return names[column]
     tried = " nor ".join(dict.fromkeys(str(names[column]) for names in lists))
-    raise FileNotFoundError(f"no list of {role} pictures: neither {tried} exists; write one, a picture's stem a line")
+    raise NoSplitError(f"no list of {role} pictures: neither {tried} exists; write one, a picture's stem a line")
 
 
 def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str, Path, Path]]:

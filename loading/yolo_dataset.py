@@ -22,7 +22,7 @@ from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from coco_utils import annotations_from_records
 from loading.samples import ImageFolder
-from loading.split import Split, checked_split
+from loading.split import NoSplitError, Split, checked_split
 from loading.yolo_yaml import YoloInfo, find_yaml, read_yolo_info
 from pixels.image_files import examples, is_picture_name, printable, spelling
 from pixels.images import BadImageError, read_header
@@ -95,10 +95,14 @@ class FoundPictures:
 
 
 def find_pictures(info: YoloInfo, role: str, findings: Findings) -> FoundPictures:
-    """Look for the pictures of a role and their label files; every other file beside them is named."""
+    """Look for the pictures of a role and their label files; every other file beside them is named.
+
+    Raises:
+        NoSplitError: The yaml has no entry for the role.
+        BadDataError: There are no pictures.
+    """
     if role not in info.pictures:
-        findings.error("data.yaml", str(info.path), f"no entry {role!r}", "name the folder of its pictures")
-        findings.raise_errors()
+        raise NoSplitError(f"{info.path}: no entry {role!r}; name the folder of its pictures")
     pictures: dict[str, None] = {}
     are_all = True
     for entry in info.pictures[role]:

@@ -5,8 +5,6 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -272,18 +270,3 @@ def test_no_example_switches_the_mirror_map_off():
     for text in PAGES.values():
         for block in re.findall(r"^```json\n(.*?)^```", text, flags=re.M | re.S):
             assert "flip_pairs" not in json.loads(block)
-
-
-def test_the_program_that_splits_pictures_puts_a_fifth_into_test(tmp_path):
-    (program,) = re.findall(r"^```python\n(.*?)^```", PAGES["docs/own_data.md"], flags=re.M | re.S)
-    for folder, suffix in (("images", "jpg"), ("annotations", "json")):
-        (tmp_path / "all" / folder).mkdir(parents=True)
-        for i in range(300):
-            (tmp_path / "all" / folder / f"{i:03d}.{suffix}").write_text(str(i))
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
-    stems = {}
-    for split in ("train", "test"):
-        of_split = [{p.stem for p in (tmp_path / "custom" / split / f).iterdir()} for f in ("images", "annotations")]
-        assert of_split[0] == of_split[1]
-        stems[split] = of_split[0]
-    assert len(stems["train"]) == 240 and len(stems["test"]) == 60 and not stems["train"] & stems["test"]

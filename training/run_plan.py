@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.collate import unpack
+from loading.holdout import count_classes
 from loading.loaders import DeviceLoader
 from loading.trainable import Trainable, count_trainable
 from models.architectures import ModelSpec
@@ -82,6 +83,7 @@ class Plan:
         trainable = count_trainable(train, data.label_map, self.state.spec, self.loader.dataset.indices)
         rows = {
             "data": self._data(),
+            "split": self._split(),
             "objects": trainable.format_counts(),
             "classes": self._classes(trainable),
             "batches": self._batches(),
@@ -94,7 +96,7 @@ class Plan:
     def _data(self) -> str:
         train, val = self.state.data.train, self.state.data.val
         assert train is not None
-        kept, usable, all_images = len(self.loader.dataset), len(train.indices), len(train.annotations)
+        kept, usable, all_images = len(self.loader.dataset), len(train.indices), train.num_images
         dropped = []
         if all_images > usable:
             dropped.append(f"{all_images - usable} unusable")
@@ -103,15 +105,22 @@ class Plan:
         left_out = f" ({', '.join(dropped)} left out)" if dropped else ""
         return f"trains on {kept} of {all_images} images{left_out}, is scored on {len(val.indices)}"
 
+    def _split(self) -> str:
+        data, holdout = self.state.data, self.state.data.holdout
+        if holdout is None:
+            return ""
+        assert data.train is not None
+        trained, held = count_classes(data.train), count_classes(data.val)
+        names = [name for _, name in data.train.annotations.categories]
+        rows = [f"{name} {t} + {h}" for name, t, h in zip(names, trained.tolist(), held.tolist())]
+        pictures = f"{len(data.train.indices)} pictures + {len(data.val.indices)} held out"
+        rule = f"--val-fraction {holdout.fraction:g}, seed {holdout.seed}"
+        return f"{pictures} ({rule}), objects: {first_and_last(rows, trained + held)}"
+
     def _classes(self, trainable: Trainable) -> str:
-        counts = {name: count for (_, name), count in zip(trainable.categories, trainable.counts.tolist())}
-        by_count = sorted(counts.items(), key=lambda item: -item[1])
-        shown = by_count
-        if len(by_count) > MAX_CLASSES:
-            half = MAX_CLASSES // 2
-            shown = [*by_count[:half], ("...", -1), *by_count[-half:]]
-        text = ", ".join(name if count < 0 else f"{name} {count}" for name, count in shown)
-        return f"{len(counts)} with {trainable.num_objects} objects: {text}"
+        names = [name for _, name in trainable.categories]
+        rows = [f"{name} {count}" for name, count in zip(names, trainable.counts.tolist())]
+        return f"{len(rows)} with {trainable.num_objects} objects: {first_and_last(rows, trainable.counts)}"
 
     def _batches(self) -> str:
         sampler = self.sampler
@@ -157,6 +166,15 @@ class Plan:
                 f"{self.output_dir}: two checkpoints need {needed >> 20} MB, {free >> 20} MB are free; "
                 "make room or choose another --output-dir"
             )
+
+
+def first_and_last(rows: Sequence[str], counts: np.ndarray) -> str:
+    """Return rows about classes by falling count, in one line; of more than `MAX_CLASSES` those at both ends."""
+    ordered = [rows[k] for k in np.argsort(-counts, kind="stable").tolist()]
+    if len(ordered) > MAX_CLASSES:
+        half = MAX_CLASSES // 2
+        ordered = [*ordered[:half], "...", *ordered[-half:]]
+    return ", ".join(ordered)
 
 
 def format_rate(learning_rate: LearningRate) -> str:

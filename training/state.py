@@ -31,7 +31,7 @@ _SILENT_FLAGS = {
     *("checkpoint_every", "print_freq", "profile", "workers", "cache_dir", "dist_url", "world_size"),
     *("eval_every", "eval_batch_size", "best_metric", "early_stop", "val_loss", "save_predictions", "max_dets"),
     *("kpt_oks_sigmas", "oks_area", "backend", "use_v2", "lr_step_size", "use_deterministic_algorithms"),
-    *("weights", "weights_backbone"),  # a checkpoint has its own
+    *("weights", "weights_backbone", "val_fraction"),  # a checkpoint has its own
 }
 
 

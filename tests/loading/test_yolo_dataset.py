@@ -238,7 +238,6 @@ BAD_YAMLS = {
     "bytes": (b"train: \xff", r"not UTF-8 text \(byte 7\)"),
     "control": ("train: \x01", r"not valid yaml: "),
     "large": ("#" * (2 << 20), r"2097152 bytes are more than the limit"),
-    "no train": ("val: images/val\nnames: [a]", r"data\.yaml: no entry 'train'; name the folder"),
     "no names": ("train: images/train\nval: images/val", r"data\.yaml: names: expected different names, got None"),
     "same names": ("train: images/train\nval: images/val\nnames: [a, a]", r"names: expected different names"),
     "bool": ("train: images/train\nval: images/val\nnames: [yes, dog]", r"names: .*quotes round words such as no and on"),
@@ -265,6 +264,14 @@ def test_a_wrong_yaml_is_one_line(tmp_path, case):
         load(path)
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and re.search(message, lines[1]), lines
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_a_yaml_without_an_entry_for_a_role_is_one_line(tmp_path, role):
+    path = draw_yolo(tmp_path)
+    path.write_text(path.read_text().replace(f"{role}: images/{role}\n", ""))
+    with pytest.raises(FileNotFoundError, match=rf"data\.yaml: no entry '{role}'; name the folder"):
+        load(path)
 
 
 def test_a_folder_stands_for_its_only_yaml(tmp_path):
