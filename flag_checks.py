@@ -4,9 +4,11 @@ import argparse
 import logging
 import math
 
+import torch
+
 from evaluation.coco_metrics import SCORE_KINDS
 from loading.splits import DATASETS
-from models.architectures import ARCHITECTURES, IOU_TYPES
+from models.architectures import ARCHITECTURES, IOU_TYPES, ModelSpec, build_model
 from models.weights import find_backbone_weights, find_model_weights
 from presets import PRESETS
 from process.device import choose_device
@@ -97,6 +99,13 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(
             f"--data-augmentation {args.data_augmentation}: {args.model} always resizes; use ssd, ssdlite or hflip"
         )
+    if args.anchor_sizes or args.anchor_ratios:
+        sizes, ratios = args.anchor_sizes and tuple(args.anchor_sizes), args.anchor_ratios and tuple(args.anchor_ratios)
+        try:
+            with torch.device("meta"):
+                build_model(ModelSpec(args.model, 2, num_keypoints=1, anchor_sizes=sizes, anchor_ratios=ratios))
+        except ValueError as error:
+            parser.error(str(error))
     if args.use_copypaste and args.data_augmentation != "lsj":
         parser.error("--use-copypaste needs --data-augmentation lsj")
     if args.use_copypaste and architecture.task != "mask":

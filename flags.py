@@ -122,7 +122,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_choice(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that say which model and what it resizes images to."""
+    """Add the flags that say which model, what it resizes images to, and its anchors."""
     group.add_argument(
         "--model", default=_NotGiven("maskrcnn_resnet50_fpn"), choices=ARCHITECTURES, metavar="NAME",
         help=f"build this model of torchvision (by default that of --resume): {', '.join(ARCHITECTURES)}"
@@ -132,6 +132,15 @@ def add_model_choice(group: argparse._ArgumentGroup) -> None:
         help="resize the short side of images to this length, or to one of these at random in training"
     )  # fmt: skip
     group.add_argument("--max-size", type=int, metavar="PIXELS", help="shrink images further until no side is longer")
+    group.add_argument(
+        "--anchor-sizes", type=_sizes_of_a_map, nargs="+", metavar="PIXELS",
+        help="give anchors these sizes (roots of their areas) in the resized image, one for each feature map, several "
+        "of one map with commas (32,40,50); default: the model's"
+    )  # fmt: skip
+    group.add_argument(
+        "--anchor-ratios", type=float, nargs="+", metavar="RATIO",
+        help="give anchors these shapes, height over width: 8 is tall, 0.125 wide; default: the model's"
+    )  # fmt: skip
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +309,14 @@ def _interval(text: str) -> int | datetime.timedelta:
     return datetime.timedelta(minutes=int(number)) if text.endswith("m") else int(number)
 
 
+def _sizes_of_a_map(text: str) -> tuple[float, ...]:
+    """Read a word of --anchor-sizes: the sizes of one feature map, such as 32 or 32,40,50."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected pixels, such as 32, or 32,40,50 for one map") from None
+
+
 def take_model_from_checkpoint(args: argparse.Namespace) -> None:
     """Set ``--model``, where it is not given, to that of the checkpoint that ``--resume`` names, if there is one."""
     if not isinstance(args.model, _NotGiven):
@@ -342,6 +359,8 @@ def wanted_spec(args: argparse.Namespace, data: Data) -> ModelSpec:
         skip_resize=PRESETS[args.data_augmentation].resizes,
         detections_per_img=args.max_dets,
         rpn_score_thresh=args.rpn_score_thresh,
+        anchor_sizes=tuple(args.anchor_sizes) if args.anchor_sizes else None,
+        anchor_ratios=tuple(args.anchor_ratios) if args.anchor_ratios else None,
     )
 
 

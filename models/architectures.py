@@ -21,6 +21,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from models.anchors import Sizes, set_anchors
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -133,6 +135,8 @@ class ModelSpec:
         skip_resize: Leave images as they are in training, because the augmentation has resized them.
         detections_per_img: None for the model's own.
         rpn_score_thresh: None for the model's own; R-CNN models only.
+        anchor_sizes: See `models.anchors.set_anchors`; None for the model's own.
+        anchor_ratios: Height over width; None for the model's own.
     """
 
     name: str
@@ -147,6 +151,8 @@ class ModelSpec:
     skip_resize: bool = False
     detections_per_img: int | None = None
     rpn_score_thresh: float | None = None
+    anchor_sizes: Sizes | None = None
+    anchor_ratios: tuple[float, ...] | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -166,13 +172,20 @@ class ModelSpec:
     def from_plain(cls, values: dict[str, Any]) -> "ModelSpec":
         """Rebuild a record from `to_plain`; fields of later versions are ignored."""
         known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-        if known.get("min_size") is not None:
-            known["min_size"] = tuple(known["min_size"])
+        for name in ("min_size", "anchor_ratios"):
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        if known.get("anchor_sizes") is not None:
+            known["anchor_sizes"] = tuple(map(tuple, known["anchor_sizes"]))
         return cls(**known)
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """Build a detector with random weights."""
+    """Build a detector with random weights.
+
+    Raises:
+        ValueError: It cannot have these anchors, or as many trainable layers; the text names the flag.
+    """
     architecture = spec.architecture
     options: dict[str, Any] = {}
     if architecture.fixed_size is None:
@@ -196,6 +209,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
         model = torchvision.models.get_model(
             spec.name, weights=None, weights_backbone=None, num_classes=spec.num_classes, **options
         )
+    if spec.anchor_sizes or spec.anchor_ratios:
+        set_anchors(model, spec.name, spec.num_classes, spec.anchor_sizes, spec.anchor_ratios)
     if spec.frozen_norm:
         _freeze_batch_norms(model.get_submodule("backbone"), spec.frozen_norm_eps)
     _freeze_stages(model, architecture.backbone, spec.trainable_layers)

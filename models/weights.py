@@ -30,12 +30,16 @@ SILENT_SERVER_SECONDS = 60.0
 # What torchvision's scripts put into their checkpoints; it is a plain bag of values.
 _IN_CHECKPOINTS = (argparse.Namespace,)
 
-# The layers whose shape depends on the number of classes or keypoints.
+# The layers whose shape depends on the number of classes or keypoints, or of anchors at a place.
 HEADS = (
     "roi_heads.box_predictor.",
     "roi_heads.mask_predictor.",
     "roi_heads.keypoint_predictor.",
     "head.classification_head.",
+    "head.regression_head.bbox_reg.",
+    "head.regression_head.module_list.",
+    "rpn.head.cls_logits.",
+    "rpn.head.bbox_pred.",
 )
 
 
@@ -128,10 +132,14 @@ def _download(entry: WeightsEnum) -> dict[str, Tensor]:
 
 
 def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model: str) -> dict[str, Any]:
-    """Return the fields of `ModelSpec` that must be as these weights were trained."""
+    """Return the fields of `ModelSpec` that must be as these weights were trained, and their own anchors."""
     content = read_torch_file(source.path, _IN_CHECKPOINTS) if source.path is not None else {}
     if "model_spec" in content:  # a checkpoint of this suite
-        return {name: content["model_spec"][name] for name in ("frozen_norm", "frozen_norm_eps", "full_tail")}
+        theirs = ModelSpec.from_plain(content["model_spec"])
+        names = ["frozen_norm", "frozen_norm_eps", "full_tail"]
+        if theirs.name == model:
+            names += ["anchor_sizes", "anchor_ratios"]
+        return {name: getattr(theirs, name) for name in names}
     architecture = ARCHITECTURES[model]
     has_counters = any(k.startswith("backbone.body.") and k.endswith("num_batches_tracked") for k in state)
     frozen_norm = architecture.freezes_norm and not has_counters
@@ -182,7 +190,8 @@ def load_model_weights(model: nn.Module, state: dict[str, Tensor], source: Weigh
     """Load a detector's weights as far as they fit; only heads may differ.
 
     Returns:
-        The entries that keep their random start, because the weights have another number of classes or keypoints.
+        The entries that keep their random start, because the weights have another number of classes, keypoints or
+        anchors.
 
     Raises:
         ValueError: These are weights of another model.
@@ -200,11 +209,15 @@ def load_model_weights(model: nn.Module, state: dict[str, Tensor], source: Weigh
             f"--weights {source}: these are not weights of {spec.name}: {len(foreign)} entries do not fit, "
             f"{foreign[0]!r} among them; {hint}"
         )
-    fresh = sorted({*missing, *other_shape})
+    # A layer of A anchors times C classes may have the same shape for others.
+    of_classes = {key.replace("bbox_reg", "cls_logits").replace("regression", "classification") for key in other_shape}
+    fresh = sorted({*missing, *other_shape, *(of_classes & target.keys())})
     model.load_state_dict({k: v for k, v in state.items() if k in target and k not in fresh}, strict=False)
     logger.info("%s starts from %s", spec.name, source)
     if fresh:
         wants = f"{spec.num_classes} classes" + (f" and {spec.num_keypoints} keypoints" if spec.num_keypoints else "")
+        if spec.anchor_sizes or spec.anchor_ratios:
+            wants += " and anchors of your own"
         logger.info("re-initialised for %s: %s", wants, ", ".join(fresh))
     return fresh
 
@@ -237,7 +250,9 @@ def build_start_model(
     if weights:
         source = find_model_weights(weights, spec.name)
         state = read_weights(source)
-        spec = replace(spec, **structure_of_weights(source, state, spec.name))
+        structure = structure_of_weights(source, state, spec.name)
+        given = {name for name in ("anchor_sizes", "anchor_ratios") if getattr(spec, name) is not None}
+        spec = replace(spec, **{name: value for name, value in structure.items() if name not in given})
         model = build_model(spec)
         load_model_weights(model, state, source, spec)
         return model, spec

@@ -45,13 +45,13 @@ def limit_proposals(patch, limit=50):
     patch.setattr(RegionProposalNetwork, "__init__", limited)
 
 
-def shaken_checkpoint(path, name, score_threshold=None, detections_per_img=30):
-    """Write the checkpoint of a shaken model."""
+def shaken_checkpoint(path, name, score_threshold=None, detections_per_img=30, **options):
+    """Write the checkpoint of a shaken model; ``options`` are further fields of its record."""
     torch.manual_seed(0)
     sizes = {} if ARCHITECTURES[name].fixed_size else {"min_size": (96,), "max_size": 160}
     is_keypoint = ARCHITECTURES[name].task == "keypoint"
     sizes["detections_per_img"] = detections_per_img
-    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, **sizes)
+    spec = ModelSpec(name, 4, num_keypoints=3 if is_keypoint else 0, **sizes, **options)
     model = weights.build_model(spec)  # or a thin one, see thin.py
     shake(model)
     content = {

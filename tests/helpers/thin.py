@@ -12,6 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.ssd import SSD, SSDHead
 
 from models import weights
+from models.anchors import set_anchors
 from models.architectures import _settle_pooling_scales
 from runtime import saved_model
 
@@ -62,6 +63,8 @@ def build_thin_model(spec):
         options["keypoint_head"] = KeypointRCNNHeads(WIDTH, (WIDTH, WIDTH))
         options["keypoint_predictor"] = KeypointRCNNPredictor(WIDTH, spec.num_keypoints)
     model = {"box": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}[task](backbone, **options)
+    if spec.anchor_sizes or spec.anchor_ratios:
+        set_anchors(model, spec.name, spec.num_classes, spec.anchor_sizes, spec.anchor_ratios)
     _settle_pooling_scales(model)
     return model
 
