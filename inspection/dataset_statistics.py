@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 
 from annotations.arrays import Annotations
 from inspection.anchor_reach import AnchorReach, ObjectSizes
+from inspection.anchor_suggestion import AnchorAdvice
 from inspection.observations import NUM_EXAMPLES, Observation, observe_worst
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
 from loading.split import Split
@@ -169,13 +170,16 @@ def check_class_names(names: Sequence[str]) -> list[Observation]:
     return [Observation(title, tuple(groups[:NUM_EXAMPLES]), advice, len(groups))]
 
 
-def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) -> list[Observation]:
+def check_sizes(
+    part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, advice: AnchorAdvice | None
+) -> list[Observation]:
     """Look for objects that are tiny or huge after the model's resize, and for boxes that no anchor reaches.
 
     Args:
         part: The objects.
         resized: They after the model's resize.
         reach: How well the model's anchors fit the resized boxes.
+        advice: Anchors that fit better.
     """
     sides = resized.boxes[:, 2:] - resized.boxes[:, :2]
     short = sides.min(axis=1)
@@ -204,16 +208,19 @@ def check_sizes(part: SplitObjects, resized: ObjectSizes, reach: AnchorReach) ->
             "they are too thin or too small between its points; a larger --min-size or a model with anchors helps",
         )
     else:
+        remedy = "another --min-size, or a model with finer maps helps"
+        if advice is not None:
+            remedy = f"anchors that fit better: {advice.flags}"
         seen += observe_worst(
             f"objects have no anchor with even IoU {reach.least:g}",
             np.where(reach.best < reach.least, -reach.best, np.nan),
             lambda n: f"{shown(n)}, its best anchor has IoU {reach.best[n]:.2f}",
-            "each is trained on by that one alone; another --min-size, or a model with other anchors helps",
+            f"each is trained on by that one alone; {remedy}",
         )
     return seen
 
 
-def format_sizes(resized: ObjectSizes, reach: AnchorReach) -> list[str]:
+def format_sizes(resized: ObjectSizes, reach: AnchorReach, advice: AnchorAdvice | None) -> list[str]:
     """Return lines about size and anchors of all objects."""
     if not len(reach.best):
         return []
@@ -228,6 +235,9 @@ def format_sizes(resized: ObjectSizes, reach: AnchorReach) -> list[str]:
             f"anchors: {np.mean(reach.best < reach.wanted):.0%} of the objects have none with IoU {reach.wanted:g} and "
             f"are trained on by their best one alone; best IoU {np.median(reach.best):.2f} in the median"
         )
+    if advice is not None:
+        lines.append(f"with {advice.count} anchors a place it is {advice.missed:.0%}; add to the flags of training:")
+        lines.append(f"      {advice.flags}")
     return lines
 
 

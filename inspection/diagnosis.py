@@ -14,7 +14,8 @@ import numpy as np
 
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.image_checks import check_decoding, check_files
-from inspection.anchor_reach import build_skeleton_model, reach_of_anchors, resize_objects
+from inspection.anchor_reach import AnchorGrids, build_skeleton_model, reach_of_anchors, resize_objects
+from inspection.anchor_suggestion import suggest_anchors
 from inspection.dataset_statistics import (
     SplitObjects,
     check_box_format,
@@ -290,18 +291,19 @@ def look_at_objects(
         for role, split in (("train", data.train), ("val", data.val))
         if split is not None
     }
-    model = build_skeleton_model(spec)
+    grids = AnchorGrids(build_skeleton_model(spec))
     seen: list[Observation] = []
     facts: dict[str, list[str]] = {}
     for role, part in parts.items():
-        resized = resize_objects(model, part.boxes, part.sizes[:, 1], part.sizes[:, 0])
-        reach = reach_of_anchors(model, resized)
-        facts[role] = format_split(part) + format_sizes(resized, reach)
+        resized = resize_objects(grids.model, part.boxes, part.sizes[:, 1], part.sizes[:, 0])
+        reach = reach_of_anchors(grids, resized)
+        advice = suggest_anchors(spec, grids, resized, reach) if role == "train" else None
+        facts[role] = format_split(part) + format_sizes(resized, reach, advice)
         of_part = check_box_format(part)
         of_part += check_repeated_objects(part)
         of_part += check_segmentations_against_boxes(part)
         of_part += check_keypoint_labels(part) if spec.num_keypoints else []
-        of_part += check_sizes(part, resized, reach) if role == "train" else []
+        of_part += check_sizes(part, resized, reach, advice) if role == "train" else []
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
         facts["keypoints"] = format_keypoints(list(parts.values()))

@@ -6,7 +6,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from inspection.anchor_reach import build_skeleton_model, reach_of_anchors, resize_objects
+from inspection.anchor_reach import AnchorGrids, build_skeleton_model, reach_of_anchors, resize_objects
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
 
 SIZE = (70, 100)
@@ -28,7 +28,7 @@ def test_reach_equals_torchvisions_own_matching(name):
     heights, widths = (np.full(len(boxes), side) for side in SIZE)
     skeleton = build_skeleton_model(spec)
     objects = resize_objects(skeleton, boxes, heights, widths)
-    reach = reach_of_anchors(skeleton, objects)
+    reach = reach_of_anchors(AnchorGrids(skeleton), objects)
 
     model = build_model(spec).eval()
     images, targets = model.transform([torch.zeros(3, *SIZE)], [{"boxes": torch.from_numpy(boxes)}])
