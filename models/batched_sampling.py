@@ -1,0 +1,60 @@
+"""Which candidates of each picture count in the losses: drawn for all pictures at once, into fixed slots.
+
+torchvision draws by permutations of the positives and of the negatives of a picture, whose numbers the host has to
+read for it. Here each candidate gets a random key, and those with the highest keys are taken.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+
+
+class Slots(NamedTuple):
+    """Drawn candidates of B pictures in S slots each: positives first, then negatives, then empty slots.
+
+    Attributes:
+        candidates: int64 [B, S], the numbers of the candidates; any in an empty slot.
+        is_positive: bool [B, S]; positives are among the first ``most_positives`` slots.
+        is_drawn: bool [B, S], False in empty slots.
+        most_positives: How many positives there can be in a picture.
+    """
+
+    candidates: Tensor
+    is_positive: Tensor
+    is_drawn: Tensor
+    most_positives: int
+
+
+def draw_keys(labels: Tensor) -> Tensor:
+    """Return a random key in [0, 1) for each candidate, float32 [B, N]; the highest are drawn."""
+    return torch.rand(labels.shape, device=labels.device)
+
+
+@torch.no_grad()
+def draw_slots(labels: Tensor, sampler: BalancedPositiveNegativeSampler) -> Slots:
+    """Draw candidates as `BalancedPositiveNegativeSampler` does, without reading how many there are.
+
+    Of each picture ``positive_fraction`` of ``batch_size_per_image`` positives, or all where there are fewer; the rest
+    are negatives, or all of them. All sets of candidates are equally likely, but for keys that are equal to 24 bits.
+
+    Args:
+        labels: [B, N]: 1 or more for positives, 0 for negatives, less for what must not be drawn.
+        sampler: Whose numbers count.
+    """
+    most_positives = min(int(sampler.batch_size_per_image * sampler.positive_fraction), labels.shape[1])
+    most_negatives = min(sampler.batch_size_per_image, labels.shape[1])
+    keys = draw_keys(labels)
+    # masked_fill, not where: where would copy its number to the device and wait for that.
+    positive_keys, positives = keys.masked_fill(labels < 1, -1.0).topk(most_positives, dim=1)
+    negative_keys, negatives = keys.masked_fill_(labels != 0, -1.0).topk(most_negatives, dim=1)
+    num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
+    num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
+
+    slots = torch.arange(min(sampler.batch_size_per_image, most_positives + most_negatives), device=labels.device)
+    is_positive = slots < num_positives
+    is_drawn = slots < num_positives + num_negatives
+    drawn = torch.cat([positives, negatives], dim=1)  # negatives begin at most_positives: the gap is left out
+    places = torch.where(is_positive, slots, slots - num_positives + most_positives).clamp_(max=drawn.shape[1] - 1)
+    return Slots(drawn.gather(1, places), is_positive, is_drawn, most_positives)
