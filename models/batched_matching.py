@@ -54,7 +54,7 @@ def match(objects: ObjectBlock, anchors: Tensor, matcher: Matcher) -> Tensor:
     Args:
         objects: Boxes in pixels of the resized pictures.
         anchors: float32 [A, 4], or [B, A, 4] where each picture has its own.
-        matcher: torchvision's `Matcher` or `SSDMatcher`.
+        matcher: torchvision's `Matcher` or `SSDMatcher`, with thresholds above 0.
 
     Returns:
         int64 [B, A]: the place of an object, or ``BELOW_LOW_THRESHOLD`` (-1), or ``BETWEEN_THRESHOLDS`` (-2). All -1
@@ -85,8 +85,7 @@ def _match_pictures(boxes: Tensor, is_object: Tensor, anchors: Tensor, matcher: 
         given = torch.full_like(matches, -1)
         given.scatter_reduce_(1, iou.argmax(dim=2), places.masked_fill(~is_object, -1), "amax")
         matches = torch.where(given >= 0, given, matches)
-    # Objects fill the first places: without one there the picture has none.
-    return matches.masked_fill_(~is_object[:, :1], matcher.BELOW_LOW_THRESHOLD)
+    return matches
 
 
 def of_matched(values: Tensor, matches: Tensor) -> Tensor:

@@ -70,6 +70,9 @@ def test_slices_change_nothing_and_keep_the_bound(monkeypatch, most):
     monkeypatch.setattr(batched_matching, "box_iou", noted)
     assert torch.equal(match(objects, grid(), MATCHERS["low quality"]), expected)
     assert sizes == ([1, 1, 1, 1] if most == 1 else [2, 2])
+    each = torch.stack([grid()] * 3 + [grid() + 90])  # of its own in every picture
+    assert torch.equal(match(objects, each, MATCHERS["low quality"])[:3], expected[:3])
+    assert not torch.equal(match(objects, each, MATCHERS["low quality"])[3], expected[3])
 
 
 def test_ious_equal_torchvisions_to_the_last_bit_and_empty_places_have_none():
