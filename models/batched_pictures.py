@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +45,7 @@ class BatchedTransform(GeneralizedRCNNTransform):
         """
         device = images[0].device
         given = [(image.shape[-2], image.shape[-1]) for image in images]
-        sizes = [self._size_after(*size) for size in given]
+        sizes = self._sizes_after(given)
         mean, std = (constant(tuple(values), device)[:, None, None] for values in (self.image_mean, self.image_std))
         padded = [math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes)]
         tensors = mean.to(images[0].dtype).expand(len(images), 3, *padded).contiguous()
@@ -54,32 +55,42 @@ class BatchedTransform(GeneralizedRCNNTransform):
             picture[:, : size[0], : size[1]] = image
         tensors.sub_(mean).div_(std)
 
-        # All that the device has to know of sizes: height, width, and by what boxes are multiplied, in one copy.
-        after = torch.tensor(sizes, dtype=torch.float32)
-        numbers = to_device(torch.cat([after, after / torch.tensor(given, dtype=torch.float32)], dim=1), device)
-        batch = PictureBatch(tensors, sizes, numbers[:, :2])
-        return batch, self._moved(objects, numbers[:, 2:].flip(1), sizes)
+        # All that the device has to know of sizes: height and width, and by what x, y, x, y of boxes are multiplied.
+        after = np.array(sizes, dtype=np.float32)
+        ratios = after / np.array(given, dtype=np.float32)
+        numbers = np.concatenate([after, ratios[:, ::-1], ratios[:, ::-1]], axis=1)
+        on_device = to_device(torch.from_numpy(numbers), device)
+        return PictureBatch(tensors, sizes, on_device[:, :2]), self._moved(objects, on_device[:, 2:], sizes)
 
-    def _size_after(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width after the resize, by the arithmetic of torchvision's `resize`; may draw a number."""
+    def _sizes_after(self, given: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return height and width of each picture after the resize, by the arithmetic of torchvision's `resize`.
+
+        In training one of the short sides is drawn for each picture, from the same numbers as in `torch_choice`.
+        """
         if self.training and self._skip_resize:
-            return height, width
-        short_side = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+            return given
+        short_sides = [self.min_size[-1]] * len(given)
+        if self.training:
+            draws = torch.empty(len(given)).uniform_(0.0, float(len(self.min_size))).tolist()
+            short_sides = [self.min_size[int(draw)] for draw in draws]
         if self.fixed_size is not None:
-            return self.fixed_size[1], self.fixed_size[0]
-        scale = min(short_side / min(height, width), self.max_size / max(height, width))
-        return int(height * scale), int(width * scale)
+            return [(self.fixed_size[1], self.fixed_size[0])] * len(given)
+        sizes = []
+        for (height, width), short_side in zip(given, short_sides):
+            scale = min(short_side / min(height, width), self.max_size / max(height, width))
+            sizes.append((int(height * scale), int(width * scale)))
+        return sizes
 
     def _moved(self, objects: ObjectBlock, ratios: Tensor, sizes: list[tuple[int, int]]) -> ObjectBlock:
-        """Return objects in pixels of the resized pictures; ``ratios``, float32 [B, 2], are of widths and heights."""
+        """Return objects in pixels of the resized pictures; ``ratios``, float32 [B, 4], are those of boxes."""
         keypoints, masks = objects.keypoints, objects.masks
         if keypoints is not None:
-            moved = keypoints[..., :2] * ratios[:, None, None]
+            moved = keypoints[..., :2] * ratios[:, None, None, :2]
             keypoints = torch.cat([moved, keypoints[..., 2:]], dim=-1)
         if masks is not None:  # nearest only picks values: no need for torchvision's way over float32
             masks = [
                 mask if mask.shape[-2:] == size else F.interpolate(mask[:, None], size=size)[:, 0]
                 for mask, size in zip(masks, sizes)
             ]
-        boxes = objects.boxes * ratios.repeat(1, 2)[:, None]
+        boxes = objects.boxes * ratios[:, None]
         return dataclasses.replace(objects, boxes=boxes, keypoints=keypoints, masks=masks)

@@ -59,6 +59,16 @@ def test_the_given_objects_stay_as_they_are():
     assert not torch.equal(moved.boxes, before[0])
 
 
+def test_many_short_sides_are_drawn_as_torchvision_draws_them():
+    theirs, ours = pair(min_size=tuple(range(20, 60)), max_size=400)
+    torch.manual_seed(0)
+    expected = [theirs.torch_choice(theirs.min_size) for _ in range(50)]
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert [height for height, _ in ours._sizes_after([(40, 40)] * 50)] == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_forward_is_torchvisions():
     theirs, ours = pair(min_size=80, max_size=120)
     images, targets = make_batch(SIZES, [1, 1, 1, 1])
