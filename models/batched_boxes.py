@@ -56,3 +56,24 @@ def decode_boxes(codes: Tensor, anchors: Tensor, coder: Any) -> Tensor:
     centers = codes[..., :2] * anchor_sides + (anchors[..., :2] + 0.5 * anchor_sides)
     half_sides = 0.5 * (codes[..., 2:].clamp(max=coder.bbox_xform_clip).exp() * anchor_sides)
     return torch.cat([centers - half_sides, centers + half_sides], dim=-1)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+    """Return `torchvision.ops.generalized_box_iou_loss` without its boolean indexing, which waits for the device.
+
+    Args:
+        boxes: float32 [..., 4], xyxy.
+        targets: float32 [..., 4], xyxy.
+        eps: Keeps quotients finite.
+
+    Returns:
+        float32 [...], 0 to 2.
+    """
+    sides, target_sides = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
+    common = torch.minimum(boxes[..., 2:], targets[..., 2:]) - torch.maximum(boxes[..., :2], targets[..., :2])
+    # No gradient where boxes only touch: `clamp` would let one through.
+    inter = (common[..., 0] * common[..., 1]).masked_fill((common <= 0).any(dim=-1), 0.0)
+    union = sides[..., 0] * sides[..., 1] + target_sides[..., 0] * target_sides[..., 1] - inter
+    around = torch.maximum(boxes[..., 2:], targets[..., 2:]) - torch.minimum(boxes[..., :2], targets[..., :2])
+    enclosing = around[..., 0] * around[..., 1]
+    return 1 - (inter / (union + eps) - (enclosing - union) / (enclosing + eps))

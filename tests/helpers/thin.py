@@ -9,7 +9,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssd import SSD
 
 from models import weights
 from models.anchors import set_anchors
@@ -19,33 +19,21 @@ from runtime import saved_model
 WIDTH = 16
 
 
-def _stage(width_in, stride, width):
+def _stage(width_in, stride, width=WIDTH):
     return nn.Sequential(nn.Conv2d(width_in, width, 5, stride, padding=2), nn.BatchNorm2d(width), nn.ReLU())
 
 
-def _backbone(width=WIDTH):
-    strides = {"layer1": 4, "layer2": 2, "layer3": 2, "layer4": 2}
-    layers = OrderedDict((n, _stage(3 if n == "layer1" else width, s, width)) for n, s in strides.items())
+def _pyramid(width):
+    """Return a backbone whose feature maps have strides of 4 to 64 and ``width`` channels each."""
+    stages = [_stage(3, 4, width), *(_stage(width, 2, width) for _ in range(3))]
+    layers = OrderedDict((f"layer{n}", stage) for n, stage in enumerate(stages, 1))
     names = {name: str(n) for n, name in enumerate(layers)}
     return BackboneWithFPN(nn.Sequential(layers), names, [width] * 4, width)
 
 
-def build_thin_one_stage(name, num_classes, size):
-    """Build RetinaNet, FCOS or an SSD on five maps with strides of 4 to 64; ``size`` is the short side, or both.
-
-    FCOS normalises its channels in 32 groups, hence twice as many as elsewhere.
-    """
-    if name.startswith("ssd"):
-        anchors = DefaultBoxGenerator([[2]] * 5)
-        head = SSDHead([WIDTH] * 5, anchors.num_anchors_per_location(), num_classes)
-        return SSD(_backbone(), anchors, (size, size), num_classes, head=head)
-    kind = {"retinanet_resnet50_fpn": RetinaNet, "fcos_resnet50_fpn": FCOS}[name]
-    return kind(_backbone(2 * WIDTH), num_classes, min_size=size, max_size=size * 2)
-
-
 def build_thin_model(spec):
     """Build an R-CNN from its record as `build_model` does, with strides of 4 to 32 and 16 channels everywhere."""
-    backbone = _backbone()
+    backbone = _pyramid(WIDTH)
     options = {
         "min_size": spec.min_size or spec.architecture.min_size,
         "max_size": spec.max_size or spec.architecture.max_size,
@@ -66,6 +54,21 @@ def build_thin_model(spec):
     if spec.anchor_sizes or spec.anchor_ratios:
         set_anchors(model, spec.name, spec.num_classes, spec.anchor_sizes, spec.anchor_ratios)
     _settle_pooling_scales(model)
+    return model
+
+
+def build_thin_one_stage(name, num_classes=4, **options):
+    """Build a RetinaNet ("retinanet"; "retinanet_giou" with the box loss of its v2), an FCOS or an SSD."""
+    if name == "ssd":
+        backbone = _pyramid(WIDTH)
+        backbone.out_channels = [WIDTH] * 5
+        return SSD(backbone, DefaultBoxGenerator([[2], [2, 3], [2, 3], [2], [2]]), (96, 112), num_classes, **options)
+    options = {"min_size": (96, 128), "max_size": 160, **options}
+    if name == "fcos":
+        return FCOS(_pyramid(32), num_classes, **options)  # its norms are of 32 groups
+    model = RetinaNet(_pyramid(WIDTH), num_classes, **options)
+    if name == "retinanet_giou":
+        model.head.regression_head._loss_type = "giou"
     return model
 
 
