@@ -226,6 +226,10 @@ def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
     group.add_argument(
+        "--torchvision-step", action="store_true",
+        help="take torchvision's own training step, picture by picture, to compare with",
+    )  # fmt: skip
+    group.add_argument(
         "--profile", default=0, type=int, metavar="N", help="measure what N steps spend their time on; 0: nothing"
     )
 

@@ -45,6 +45,7 @@ from models.acceleration import (
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec
+from models.batched_step import use_batched_step
 from models.box_precision import keep_boxes_float32
 from models.folded_norm import fold_frozen_norms
 from models.weights import build_start_model
@@ -214,6 +215,8 @@ def start_model(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(distributed.device)
     fold_frozen_norms(model)
+    if not args.torchvision_step:
+        use_batched_step(model)
     if args.channels_last:
         use_channels_last(model)
     if args.amp:

@@ -23,7 +23,7 @@ from utils import versions, world_size
 logger = logging.getLogger(__name__)
 
 # Flags that change how a step computes: the last digits may differ from here on.
-_NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_last", "compile")
+_NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_last", "compile", "torchvision_step")
 
 # Flags that change nothing of what is learnt. Any other that differs after a resume is named.
 _SILENT_FLAGS = {
