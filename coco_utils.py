@@ -30,7 +30,7 @@ from annotations.record_checks import (
 )
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import Segmentations, check_segmentations
-from files import write_aside
+from files import naming, write_aside
 from pixels.masks import area_of_polygons
 
 # A larger file would need some forty gigabytes of memory to parse.
@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:
     if size > MAX_JSON_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_JSON_BYTES}", "split the file")
     try:
-        with _collector_off():
+        with _collector_off(), naming(path):
             text = path.read_text(encoding="utf-8-sig")
             return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
     except _ConstantError:
@@ -220,8 +220,9 @@ def annotations_from_records(
     for each in (category_reader, image_reader, reader):
         each.remark_misspelt()
     names = check_categories(category_reader, rules)
-    image_ids, heights, widths, file_names = check_images(image_reader)
-    boxes, category_ids, image_of_object = check_objects(reader, image_ids, set(names), rules)
+    checked_images = check_images(image_reader)
+    image_ids, heights, widths, file_names = checked_images
+    boxes, category_ids, image_of_object = check_objects(reader, checked_images, names, rules)
     check_boxes(boxes, image_of_object, heights, widths, rules, findings)
     keypoints = check_keypoints(reader, category_ids, names, image_of_object, heights, widths, rules)
     is_crowd, areas = check_flags(reader)

@@ -24,6 +24,7 @@ import numpy as np
 
 from annotations.arrays import Annotations
 from annotations.findings import ON_BAD_DATA
+from annotations.meant_ids import explain_class, ids_by_class
 from annotations.record_reader import Record
 from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator, EvalResult, format_summary
@@ -122,8 +123,11 @@ def score(
     known_categories = {id_ for id_, _ in annotations.categories}
     strange = [record["category_id"] for record in records if record["category_id"] not in known_categories]
     if strange:
-        ids = ", ".join(str(id_texts.get(id_, id_)) for id_ in sorted(set(strange))[:10])
-        logger.warning("%s: %d result(s) of unknown categories do not count (%s)", name, len(strange), ids)
+        texts = [str(id_texts.get(id_, id_)) for id_ in sorted(set(strange))]
+        classes = ids_by_class((class_name, annotations.own_id(id_)) for id_, class_name in annotations.categories)
+        meant = next((f"; {why}" for text in texts if (why := explain_class(text, classes))), "")
+        text = "%s: %d result(s) of unknown categories do not count (%s)%s"
+        logger.warning(text, name, len(strange), ", ".join(texts[:10]), meant)
 
     if "segm" in iou_types:
         encode_masks(records, annotations, name)

@@ -40,6 +40,7 @@ class Field:
         remedy: What to do when it is wrong.
         default: What a missing entry and null mean, as a value.
         missing: The same in words; empty where the entry must be there.
+        fallback: What is taken in place of a missing entry that must be there, in words; empty for nothing.
         part: Who needs it: "" for all, "segm" or "keypoints" for who learns or scores these, "none" for nobody. A
             broken value that is not needed is left out with a warning.
         own_name: What it is called in the json of a custom folder, one entry per box; "" where there is none.
@@ -52,6 +53,7 @@ class Field:
     remedy: str
     default: Any = None
     missing: str = ""
+    fallback: str = ""
     part: str = ""
     own_name: str = ""
 
@@ -76,7 +78,8 @@ _FIELDS = (
     Field("object", "category_id", ID, "its class", "fix the id or add the category"),
     Field(
         "object", "bbox", BOX, "x, y, width, height in pixels from the top left corner; corners x1, y1, x2, y2 in a "
-        "custom json", "fix or remove the object", default=[0, 0, 0, 0], own_name="bboxes",
+        "custom json", "fix or remove the object", default=[0, 0, 0, 0],
+        fallback="the box around its mask, with a warning; without one an error", own_name="bboxes",
     ),
     Field(
         "object", "area", AREA, "its size, for COCO's size ranges and OKS", "correct it or leave it out",
@@ -143,7 +146,7 @@ def format_field_table() -> list[str]:
             field.meaning,
             field.form.expected,
             ", ".join(field.form.also),
-            field.missing or "an error",
+            field.missing or field.fallback or "an error",
             wrong,
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -5,16 +5,19 @@ formats are brought into COCO's records first. Each check returns its field as a
 `coco_utils` puts the arrays together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from annotations.fields import FIELDS
 from annotations.findings import Findings
 from annotations.forms import short
+from annotations.meant_ids import explain_class, explain_file, ids_by_class, ids_by_file
 from annotations.normalised import NORMALISED, look_normalised
 from annotations.record_reader import RecordReader
+from annotations.segmentations import box_of_segmentation
 from pixels.images import unsafe_file_name
 
 # The overlaps of so many boxes with all anchors of an 800 x 1333 picture take 10 GB, whatever the model; real pictures
@@ -105,26 +108,68 @@ def _remark_names_twice(reader: RecordReader, names: Sequence[str | None]) -> No
 
 
 def check_objects(
-    reader: RecordReader, image_ids: np.ndarray, category_ids: set[int], rules: Rules
+    reader: RecordReader,
+    images: tuple[np.ndarray, np.ndarray, np.ndarray, list[str]],
+    names: Mapping[int, str],
+    rules: Rules,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (boxes xywh float64 [N, 4], category ids int64 [N], image position int64 [N]); bad entries hold zeros."""
+    """Return (boxes xywh float64 [N, 4], category ids int64 [N], image position int64 [N]); bad entries hold zeros.
+
+    Args:
+        reader: Reads the objects.
+        images: From `check_images`.
+        names: {id: name} of the categories.
+        rules: What counts as an error.
+    """
+    image_ids, heights, widths, file_names = images
     position_of = {int(id_): i for i, id_ in reversed(list(enumerate(image_ids)))}
     of_images, of_categories = reader.ids("image_id"), reader.ids("category_id")
     positions = np.array([-1 if id_ is None else position_of.get(id_, -1) for id_ in of_images], dtype=np.int64)
-    for n in np.flatnonzero(positions < 0).tolist():
-        problem = f"image_id {short(reader.rows[n].get('image_id'))} is not among the images"
-        reader.wrong(FIELDS["object", "image_id"], n, problem)
-    is_unknown = [id_ not in category_ids for id_ in of_categories]
-    for n in np.flatnonzero(is_unknown).tolist():
-        problem = f"category_id {short(reader.rows[n].get('category_id'))} is not among the categories"
-        reader.wrong(FIELDS["object", "category_id"], n, problem)
+    if len(unknown := np.flatnonzero(positions < 0).tolist()):
+        own_ids = [reader.notes.id_texts.get(id_, id_) for id_ in image_ids.tolist()]
+        files = ids_by_file(zip(file_names, own_ids))
+        _report_unknown(reader, "image_id", unknown, "images", lambda given: explain_file(given, files))
+    is_unknown = [id_ not in names for id_ in of_categories]
+    if len(unknown := np.flatnonzero(is_unknown).tolist()):
+        classes = ids_by_class((name, reader.notes.id_texts.get(id_, id_)) for id_, name in names.items())
+        _report_unknown(reader, "category_id", unknown, "categories", lambda given: explain_class(given, classes))
     _check_own_ids(reader)
     _check_counts(reader, positions, rules)
+    _fill_in_boxes(reader, positions, heights, widths, rules)
     boxes = np.array(reader.column("bbox"), dtype=np.float64).reshape(-1, 4)
     if rules.strict_boxes:
         boxes[:, 2:] -= boxes[:, :2]
     categories = np.array([0 if bad else id_ for id_, bad in zip(of_categories, is_unknown)], dtype=np.int64)
     return boxes, categories, positions.clip(min=0)
+
+
+def _report_unknown(
+    reader: RecordReader, name: str, unknown: Sequence[int], what: str, explain: Callable[[Any], str]
+) -> None:
+    """Report objects whose ``image_id`` or ``category_id`` nothing has, and what may be meant by it."""
+    for n in unknown:
+        given = reader.rows[n].get(name)
+        meant = explain(given) if isinstance(given, str) else ""
+        problem = f"{name} {short(given)} is not among the {what}"
+        reader.wrong(FIELDS["object", name], n, problem, remedy=f"{meant}; give the id" if meant else "")
+
+
+def _fill_in_boxes(
+    reader: RecordReader, positions: np.ndarray, heights: np.ndarray, widths: np.ndarray, rules: Rules
+) -> None:
+    """Give records without a box the one around their mask, as the file writes boxes; one remark for all."""
+    for n in [
+        n for n, row in enumerate(reader.rows) if row.get("bbox") is None and row.get("segmentation") is not None
+    ]:
+        row, i = reader.rows[n], int(positions[n])
+        if i < 0:
+            continue
+        box = box_of_segmentation(row["segmentation"], int(heights[i]), int(widths[i]))
+        if box is not None:
+            x, y, width, height = box
+            row["bbox"] = [x, y, x + width, y + height] if rules.strict_boxes else box
+            remedy = "the box around the mask is taken"
+            reader.notes.add(("bbox", "mask"), "form", reader.place(n), "an object with a mask and no box", remedy)
 
 
 def _check_own_ids(reader: RecordReader) -> None:

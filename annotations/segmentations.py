@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from annotations.fields import FIELDS
-from annotations.forms import COUNT, SIDE, short
+from annotations.forms import COUNT, SEGMENTATION, SIDE, short
 from annotations.record_reader import Record, RecordReader
-from pixels.masks import check_run_lengths, compress_rle, rle_from_polygons
+from pixels.masks import block_from_rle, check_run_lengths, compress_rle, rle_from_polygons
 
 
 @dataclass
@@ -71,6 +71,26 @@ def check_segmentations(
                     ("empty",), "empty mask", reader.place(n), "a mask without a pixel", "it finds nothing"
                 )
     return shapes
+
+
+def box_of_segmentation(segmentation: Any, height: int, width: int) -> list[float] | None:
+    """Return x, y, width, height of the box around a mask as a file writes it; None where there is none to read."""
+    try:
+        value, _ = SEGMENTATION.read(segmentation)
+        if isinstance(value, dict):
+            counts, _ = _read_rle(value, height, width)
+            if any(check_run_lengths([counts], np.array([height * width]))):
+                return None
+            block = block_from_rle(counts, height, width)
+            rows, columns = block.pixels.shape
+            box = [float(v) for v in (block.left, block.top, columns, rows)]
+        else:
+            points = np.array([v for polygon in value if len(polygon) >= 6 for v in polygon]).reshape(-1, 2)
+            low, high = points.min(axis=0), points.max(axis=0)
+            box = [*low.tolist(), *(high - low).tolist()]
+    except ValueError:
+        return None
+    return box if box[2] > 0 and box[3] > 0 else None
 
 
 def _drop_short_polygons(reader: RecordReader, polygons: list[list[list[float]]]) -> None:

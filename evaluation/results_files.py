@@ -5,7 +5,7 @@ import heapq
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,7 @@ from annotations.arrays import Annotations
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.foreign_files import describe_json
 from annotations.forms import short
+from annotations.meant_ids import explain_file, ids_by_file
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import check_segmentations, rle_of
 from coco_utils import read_json
@@ -251,14 +252,11 @@ def check_images_of_results(
     if not unknown:
         return
     texts = [str(id_texts.get(id_, id_)) for id_ in unknown]
-    id_of: dict[str, int] = {}
-    for i in range(len(annotations)):
-        file_name = annotations.file_name(i)
-        id_of |= dict.fromkeys((PurePosixPath(file_name).stem, PurePosixPath(file_name).name, file_name), i)
+    own_ids = map(annotations.own_id, annotations.image_ids.tolist())
+    files = ids_by_file((annotations.file_name(i), own_id) for i, own_id in enumerate(own_ids))
     remedy = "give the ids of the ground truth (predict.py --ids-from takes them from it)"
-    if named := [text for text in texts if text in id_of]:
-        own_id = annotations.own_id(int(annotations.image_ids[id_of[named[0]]]))
-        remedy = f"{named[0]!r} is the file of the image with id {own_id!r}; give the ids of the ground truth"
+    if meant := next(filter(None, (explain_file(text, files) for text in texts)), None):
+        remedy = f"{meant}; give the ids of the ground truth"
     raise ValueError(
         f"{name}: {len(unknown)} image id(s) are not in the ground truth: {', '.join(texts[:10])}; {remedy}"
     )

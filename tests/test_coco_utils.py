@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from annotations.arrays import Annotations, cached_annotations, load_annotations
 from annotations.findings import LINES_PER_KIND, BadDataError
 from coco_utils import read_coco, read_json, to_coco
 from helpers.drawn import draw_coco
+from pixels.masks import compress_rle
 
 
 def content(**changes):
@@ -124,6 +126,18 @@ BAD = {
     "float category": (content(annotations__0__category_id=3.5), r"category_id is 3\.5, expected a whole number"),
     "double id": (content(annotations__1__id=1), r"annotations\[1\].*annotation id 1 is also that of .*annotations\[0\]"),
     "no box": (content(annotations__0__bbox=KeyError), r"annotations\[0\].*bbox is missing, expected 4 finite numbers"),
+    "no box, broken mask": (
+        content(annotations__0__bbox=None, annotations__0__segmentation={"size": [50, 60], "counts": "o"}),
+        r"bbox is null, expected 4 finite numbers",
+    ),
+    "class by name": (
+        content(annotations__0__category_id="A "),
+        r"category_id 'A ' is not among the categories; 'A ' is the name of the category with id 3; give the id",
+    ),
+    "image by file": (
+        content(annotations__0__image_id="a"),
+        r"image_id 'a' is not among the images; 'a' is the file of the image with id 1; give the id",
+    ),
     "short box": (content(annotations__0__bbox=[1, 2, 3]), r"bbox is \[1, 2, 3\], expected 4 finite numbers"),
     "text box": (content(annotations__0__bbox=[1, 2, 3, "x"]), r"bbox is \[1, 2, 3, 'x'\], expected 4 finite numbers"),
     "negative width": (content(annotations__0__bbox=[5, 5, -2, 3]), r"bbox \[5, 5, -2, 3\] has a negative width"),
@@ -159,6 +173,30 @@ def test_a_malformed_file_is_refused_by_one_line_that_names_the_place(tmp_path, 
     with pytest.raises(BadDataError, match=message) as caught:
         read(tmp_path, value, uses=["segm", "keypoints"])
     assert "file.json" in str(caught.value)
+
+
+def test_an_object_with_a_mask_and_no_box_has_the_box_around_it(tmp_path):
+    triangle = [[5, 6, 25.5, 6, 25.5, 36], [30, 7, 31, 8]]  # the second has two points and no inside
+    runs = {"size": [50, 60], "counts": [50 * 10 + 4, 6, 44, 6, 50 * 60 - 560]}  # rows 4 to 9 of columns 10 and 11
+    value = content(annotations__0__segmentation=triangle, annotations__1__segmentation=runs)
+    for record in value["annotations"]:
+        del record["bbox"]
+    value["annotations"].append({**value["annotations"][1], "id": 3, "segmentation": compress(runs)})
+    annotations = read(tmp_path, value)
+    assert annotations.boxes_xywh.tolist() == [[5, 6, 20.5, 30], [10, 4, 2, 6], [10, 4, 2, 6]]
+    told = [str(w) for w in annotations.warnings if w.kind == "form"]
+    assert len(told) == 1 and "an object with a mask and no box, and 2 more like it; the box around" in told[0]
+    assert annotations.areas.tolist()[1:] == [100, 100]
+
+
+def compress(runs):
+    return {"size": runs["size"], "counts": compress_rle(runs, *runs["size"]).decode()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_file_that_cannot_be_read_is_named():
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        read_json(Path("/proc/self/mem"))
 
 
 def test_all_findings_come_at_once(tmp_path):
