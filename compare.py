@@ -25,11 +25,13 @@ import numpy as np
 from evaluation.bootstrap import LEVEL, RESAMPLED, RESAMPLES, SEED, Difference, compare_figure, draw_weights, resample
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.eval_result import SavedMatches
-from files import write_aside
+from files import why_no_folder, write_aside
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, read_summary
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("compare")
+
+_MATCHES = "matches_*.npz"
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -60,9 +62,12 @@ def find_evaluation(run_dir: Path, which: str) -> Path:
     """
     folder = run_dir / (BEST_EVAL if which == "best" else NEWEST_EVAL)
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir}: no such folder")
-    if not any(folder.glob("matches_*.npz")):
-        raise FileNotFoundError(f"{folder}: no matches_*.npz; is {run_dir} the folder of a run that was evaluated?")
+        above = next((path for path in run_dir.absolute().parents[:2] if any(path.glob(f"*/{_MATCHES}"))), None)
+        hint = "; score.py compares a file of results with the truth" if run_dir.suffix == ".json" else ""
+        hint = f"; is its run, {above}, meant?" if above is not None else hint
+        raise FileNotFoundError(f"{run_dir}: {why_no_folder(run_dir)}; give the folder of a run{hint}")
+    if not any(folder.glob(_MATCHES)):
+        raise FileNotFoundError(f"{folder}: no {_MATCHES}; is {run_dir} the folder of a run that was evaluated?")
     return folder
 
 

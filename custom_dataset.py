@@ -11,7 +11,6 @@ per box, ``labels``, ``segmentations``, ``area`` and ``iscrowd``.
 import contextlib
 import difflib
 import logging
-import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +18,34 @@ from typing import Any
 
 from annotations.arrays import Annotations
 from annotations.fields import FIELDS
-from annotations.file_pairs import files_by_stem, missing_partner, similar_stem
+from annotations.file_pairs import (
+    Alone,
+    files_by_stem,
+    folder_with_stems,
+    missing_partner,
+    missing_partners,
+    similar_stem,
+)
 from annotations.findings import BadDataError, Findings
-from annotations.foreign_files import describe_json
-from annotations.forms import BOX, LABEL, MAX_NAME, NAMES, NESTED_POINTS, POINTS, SIGMA, is_encodable, short
+from annotations.foreign_files import COCO, describe_json
+from annotations.forms import BOX, NAMES, NESTED_POINTS, POINTS, SIGMA, short
+from annotations.label_numbers import number_labels
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
-from pixels.image_files import examples, is_picture_name, list_folder
+from files import why_no_folder
+from pixels.image_files import examples, is_nearly_all, is_picture_name, list_folder
 from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CLASS = "object"
+# So many jsons without image are looked into.
+MAX_STRANGERS = 3
 
-# Numbers up to the highest label are classes where none has a name; a higher one is somebody's own id.
-MAX_NUMBERED_CLASSES = 10_000
+_AS_COCO = (
+    "train on it with --dataset coco --train-annotations {json} --train-images {pictures} (--val-... for the other)"
+)
 
 # Entries of a json with one value per box, and what COCO calls them.
 _PER_BOX = {"labels": "", **{f.own_name: f.name for f in FIELDS.values() if f.own_name and f.name != "bbox"}}
@@ -214,14 +224,14 @@ def read_folder(
     """
     for folder in (split / "images", split / "annotations"):
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; expected {split}/images and {split}/annotations with one json per image"
-            )
+            expected = f"expected {split}/images and {split}/annotations with one json per image"
+            raise FileNotFoundError(f"{folder}: {why_no_folder(folder)}; {expected}")
     findings = Findings(on_bad_data) if findings is None else findings
     content = _Folder()
     for stem, image, annotation in _pair_files(split, findings):
         _read_pair(split, stem, image, annotation, content, findings)
-    categories, numbers = _number_labels(content, info, findings)
+    labels, places = content.labels, content.object_places
+    categories, numbers = number_labels(labels, places, info.classes, content.notes, findings)
     for record, number in zip(content.objects, numbers):
         record["category_id"] = number
     num_keypoints = _count_keypoints(content.objects)
@@ -266,14 +276,45 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
         findings.error("pairs", str(jsons), problem, "expected one json per image, see the README for the format")
         return []
     alone, without = sorted(set(image_of) - set(json_of)), sorted(set(json_of) - set(image_of))
-    for stem in without:
+    few = without if len(without) <= MAX_STRANGERS else []
+    strangers = [stem for stem in few if _report_stranger(split, jsons / json_of[stem], findings)]
+    if strangers and is_nearly_all(len(alone), len(image_of)):  # one file has the objects of all pictures
+        return []
+    lines: list[Alone] = []
+    for stem in sorted(set(without) - set(strangers)):
         problem = f"no image {pictures / stem}.*{similar_stem(stem, alone, image_of, pictures)}"
-        missing_partner(findings, str(jsons / json_of[stem]), problem, "add the image or remove the json")
+        lines.append((str(jsons / json_of[stem]), problem, "add the image or remove the json"))
+    missing_partners(findings, jsons, lines, len(json_of), _of_other_split(split, "images", without))
+    lines = []
     for stem in alone:
         problem = f"no annotation {jsons / stem}.json{similar_stem(stem, without, json_of, jsons)}"
         remedy = 'add it ({"bboxes": []} for an image without objects) or remove the image'
-        missing_partner(findings, str(pictures / image_of[stem]), problem, remedy)
+        lines.append((str(pictures / image_of[stem]), problem, remedy))
+    missing_partners(findings, pictures, lines, len(image_of), _of_other_split(split, "annotations", alone))
     return [(stem, pictures / image_of[stem], jsons / json_of[stem]) for stem in sorted(set(image_of) & set(json_of))]
+
+
+def _report_stranger(split: Path, path: Path, findings: Findings) -> bool:
+    """Report a json without image that holds more than one picture's objects, such as a COCO file's."""
+    try:
+        content = read_json(path)
+    except BadDataError:
+        return False
+    known = describe_json(content)
+    if known is None or "bboxes" in content:
+        return False
+    what, remedy = known
+    if what == COCO:
+        remedy = _AS_COCO.format(json=path, pictures=split / "images")
+    missing_partner(findings, str(path), f"expected the json of one picture, got {what}", remedy)
+    return True
+
+
+def _of_other_split(split: Path, folder: str, stems: Sequence[str]) -> str:
+    """Say in which other split's folder the partners of files are; "" where they are in none."""
+    others = [path for path in split.parent.glob(f"*/{folder}") if path.parent != split]
+    found = folder_with_stems(others, stems) if stems else None
+    return f"{found} has them: are files of two splits mixed up?" if found else ""
 
 
 def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _Folder, findings: Findings) -> None:
@@ -293,9 +334,13 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
         problem = error.findings[0].problem
         findings.error("json", str(annotation), problem, error.findings[0].remedy, image=position)
         return
+    if isinstance(entry, dict) and "bboxes" not in entry and isinstance(entry.get("segmentations"), list):
+        entry = {"bboxes": [None] * len(entry["segmentations"]) or None, **entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("bboxes"), list):
         keys = f"one with {', '.join(map(short, entry))}" if isinstance(entry, dict) and entry else short(entry)
         what, remedy = describe_json(entry) or (keys, "see the README for the format")
+        if what == COCO:
+            remedy = _AS_COCO.format(json=annotation, pictures=split / "images")
         problem = f"expected an object with a list 'bboxes', got {what}"
         findings.error("json", str(annotation), problem, remedy, image=position)
         return
@@ -336,63 +381,3 @@ def _look_for_unrotated_boxes(
         problem = f"EXIF turns the picture to {width} x {height}, but its boxes fit only {height} x {width}"
         remedy = "annotate the picture as viewers show it, or remove its EXIF orientation"
         findings.error("exif", str(path), problem, remedy, image=image["id"] - 1)
-
-
-def _same_but_for_case(label: str, names: Sequence[str]) -> str | None:
-    """Return the name that a label differs from in case and blanks only."""
-    folded = " ".join(label.split()).casefold()
-    return next((name for name in names if " ".join(name.split()).casefold() == folded), None)
-
-
-def _number_labels(content: _Folder, info: DatasetInfo, findings: Findings) -> tuple[list[Record], list[int]]:
-    """Return (categories, category id of every object); ids count from 1."""
-    labels: list[int | str | None] = []
-    for n, label in enumerate(content.labels):
-        taken, how, place = None, "", content.object_places[n]
-        if isinstance(label, str):
-            taken = label if is_encodable(label) and len(label) <= MAX_NAME else None
-        elif label is not None:
-            with contextlib.suppress(ValueError):
-                taken, how = LABEL.read(label)
-        if how:
-            content.notes.add(("label", how), "form", place, f"label {short(label)}, {how}", "taken as what it says")
-        labels.append(taken)
-    names = list(info.classes)
-    are_texts = False
-    if not names:
-        texts = sorted({label for label in labels if isinstance(label, str)})
-        numbers = [label for label in labels if isinstance(label, int)]
-        are_texts = bool(texts)
-        if texts:
-            names = texts
-        elif numbers and max(numbers) <= MAX_NUMBERED_CLASSES:
-            names = [str(n) for n in range(1, max(numbers) + 1)]
-        elif numbers:
-            problem = f"label {max(numbers)} would make as many classes; the limit is {MAX_NUMBERED_CLASSES}"
-            place = content.object_places[labels.index(max(numbers))]
-            findings.error("label", place, problem, "number classes from 1, or write their names")
-            return [{"id": 1, "name": DEFAULT_CLASS}], [1] * len(labels)
-        else:
-            names = [DEFAULT_CLASS]
-    number_of = {name: k + 1 for k, name in enumerate(names)}
-    ids = []
-    for n, (label, place) in enumerate(zip(labels, content.object_places)):
-        given = content.labels[n]
-        number = 1 if given is None and len(names) == 1 else 0
-        if isinstance(label, str):
-            number = number_of.get(label, 0)
-        elif label is not None and label <= len(names) and not are_texts:
-            number = label
-        if number == 0:
-            some = textwrap.shorten(", ".join(names[:10]), 200, placeholder=" ...")
-            known = (
-                f"expected one of {some}" if are_texts else f"expected a number from 1 to {len(names)} or one of {some}"
-            )
-            if are_texts and label is not None:
-                known += ": numbers and names are mixed, and no dataset.json says which class a number is"
-            why = "0 is background; " if given == 0 and given is not False else ""
-            if isinstance(given, str) and (same := _same_but_for_case(given, names)):
-                why = f"differs from {short(same)} in upper and lower case or blanks; "
-            findings.error("label", place, f"label {short(given)}", why + known, obj=n)
-        ids.append(max(number, 1))
-    return [{"id": k + 1, "name": name} for k, name in enumerate(names)], ids

@@ -50,6 +50,14 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise
 
 
+def why_no_folder(path: Path) -> str:
+    """Say why there is no folder at ``path``: nothing is there, or a file is, there or higher up."""
+    there = next((part for part in (path, *path.parents) if part.exists()), path)
+    if not there.is_file():
+        return "no such folder"
+    return "a file, expected a folder" if there == path else f"no such folder, as {there} is a file"
+
+
 def write_torch_file(content: Any, file: IO[bytes]) -> None:
     """Write what ``torch.save`` can write to an open file.
 

@@ -1,11 +1,14 @@
 """Pictures and the files beside them that share a stem: found in folders, every file that is not used named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from annotations.findings import Findings
-from pixels.image_files import list_folder, printable, spelling, unreadable_format
+from pixels.image_files import is_nearly_all, list_folder, printable, spelling, unreadable_format
 from pixels.images import is_text
+
+# (where, what is wrong, what to do) of a file without its partner.
+Alone = tuple[str, str, str]
 
 
 def files_by_stem(
@@ -66,3 +69,37 @@ def missing_partner(findings: Findings, place: str, problem: str, remedy: str) -
         findings.warn("pairs", place, problem, "the file is not used")
     else:
         findings.error("pairs", place, problem, remedy)
+
+
+def missing_partners(findings: Findings, folder: Path, alone: Sequence[Alone], total: int, elsewhere: str = "") -> None:
+    """Report the files of a folder without their partner: a line each, or one for all where hardly any has one.
+
+    Args:
+        findings: Collects what is wrong.
+        folder: Where the files are, or what lists them.
+        alone: Each of them.
+        total: How many files there are.
+        elsewhere: Where their partners are, as a remedy; empty where that is not known.
+    """
+    if not is_nearly_all(len(alone), total):
+        for place, problem, remedy in alone:
+            missing_partner(findings, place, problem, remedy)
+        return
+    place, problem, remedy = alone[0]
+    problem = f"{len(alone)} of {total} belong to no file, such as {place}: {problem}"
+    if len(alone) < total:
+        missing_partner(findings, str(folder), problem, elsewhere or remedy)
+    else:  # nothing would be left
+        findings.error("pairs", str(folder), problem, elsewhere or remedy)
+
+
+def folder_with_stems(folders: Iterable[Path], stems: Collection[str]) -> Path | None:
+    """Return the folder with the most files of some stems, if it has most of them; none of an empty lot."""
+    counts = {
+        folder: len(
+            {spelling(str(PurePosixPath(name).with_suffix(""))) for name in list_folder(folder).files} & set(stems)
+        )
+        for folder in folders
+    }
+    best = max(counts, key=counts.__getitem__, default=None)
+    return best if best is not None and 2 * counts[best] > len(stems) else None

@@ -7,6 +7,8 @@ from typing import Any
 
 from files import describe_content
 
+COCO = "a COCO annotation file"
+
 _AS_COCO = "export the annotations as COCO from that tool"
 
 
@@ -62,11 +64,7 @@ _OBJECTS: tuple[tuple[Callable[[dict[str, Any]], bool], str, str], ...] = (
     (_has("features", "type"), "GeoJSON", "write the objects as COCO, in pixels"),
     (_has("objects", "size"), "Supervisely's json of one picture", _AS_COCO),
     (_has("bboxes"), "the json of one picture of a custom folder", "--dataset custom reads folders of these"),
-    (
-        lambda record: bool({"images", "annotations", "categories"} & set(record)) and "images" in record,
-        "a COCO annotation file",
-        "give the file of results here, a list of {image_id, category_id, score, ...}",
-    ),
+    (_has("images"), COCO, "give the file of results here, a list of {image_id, category_id, score, ...}"),
     (
         lambda record: any(isinstance(v, dict) and "regions" in v for v in record.values()),
         "annotations of the VGG Image Annotator (VIA)",

@@ -1,11 +1,27 @@
 """The model's labels and the categories of the dataset that they stand for."""
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+
+def bare_name(name: str) -> str:
+    """Return a class name without what people write now in one way and now in another: case, blanks, dashes."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+
+
+def alike_names(names: Iterable[str]) -> list[list[str]]:
+    """Return groups of class names that differ in case, blanks or dashes only, sorted."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        # A number is added where two categories have the same name.
+        groups.setdefault(bare_name(re.sub(r" \(id -?\d+\)$", "", name)), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 @dataclass(frozen=True)

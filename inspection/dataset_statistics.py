@@ -4,9 +4,6 @@ All of it is computed on the flat arrays of `Annotations`; keypoints have a file
 from starting: what does is checked where annotations are read.
 """
 
-import re
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +12,7 @@ from pycocotools import mask as mask_util
 from annotations.arrays import Annotations
 from inspection.anchor_reach import AnchorReach, ObjectSizes
 from inspection.anchor_suggestion import AnchorAdvice
-from inspection.observations import NUM_EXAMPLES, Observation, observe_worst
+from inspection.observations import Observation, observe_worst
 from loading.samples import MIN_BOX_SIDE, clipped_boxes
 from loading.split import Split
 from pixels.geometry import xywh_to_xyxy
@@ -153,21 +150,6 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
         "all their objects will count as missed",
     )
     return seen
-
-
-def check_class_names(names: Sequence[str]) -> list[Observation]:
-    """Look for classes of either split whose names differ in case, blanks or the like only."""
-    alike: dict[str, list[str]] = {}
-    for name in sorted(set(names)):
-        bare = re.sub(r" \(id -?\d+\)$", "", name)  # added where two categories have the same name
-        key = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", bare).casefold()).strip()
-        alike.setdefault(key, []).append(name)
-    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
-    if not groups:
-        return []
-    title = f"{len(groups)} group(s) of classes have names that differ in case or blanks only"
-    advice = "if they are one class, write one name for it: they are learned and scored as different classes"
-    return [Observation(title, tuple(groups[:NUM_EXAMPLES]), advice, len(groups))]
 
 
 def check_sizes(

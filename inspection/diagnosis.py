@@ -19,7 +19,6 @@ from inspection.anchor_suggestion import suggest_anchors
 from inspection.dataset_statistics import (
     SplitObjects,
     check_box_format,
-    check_class_names,
     check_classes,
     check_repeated_objects,
     check_segmentations_against_boxes,
@@ -307,5 +306,4 @@ def look_at_objects(
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
         facts["keypoints"] = format_keypoints(list(parts.values()))
-    seen += check_class_names([name for part in parts.values() for _, name in part.annotations.categories])
     return seen + check_classes(parts.get("train"), parts["val"]), facts

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from annotations.image_checks import find_shared_files
+from annotations.labels import alike_names
 from loading.samples import ImageFolder
 from loading.split import Split
 from pixels.image_files import examples
@@ -64,4 +65,17 @@ def warn_of_overlap(train: Split, val: Split) -> None:
             len(pairs),
             len(val.indices),
             example,
+        )
+
+
+def warn_of_alike_names(splits: Sequence[Split]) -> None:
+    """Warn of classes that may be one, by their names: they are learnt and scored as different ones."""
+    groups = alike_names(name for split in splits for _, name in split.annotations.categories)
+    if groups:
+        logger.warning(
+            "%s: %d group(s) of classes have names that differ in case, blanks or dashes only: %s; if they are one "
+            "class, write one name for it: they are learnt and scored as different classes",
+            splits[0].name,
+            len(groups),
+            examples([" and ".join(map(repr, group)) for group in groups]),
         )

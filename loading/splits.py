@@ -23,12 +23,13 @@ from annotations.skeleton import (
 )
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info, read_folder
+from files import why_no_folder
 from loading.brightness import dataset_value_range
 from loading.holdout import Holdout, hold_out
 from loading.samples import ImageFolder
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from loading.split import NoSplitError, Split, checked_split, implied_pairs, log_warnings
-from loading.split_checks import check_names, warn_of_overlap, warn_of_unused
+from loading.split_checks import check_names, warn_of_alike_names, warn_of_overlap, warn_of_unused
 from loading.voc_dataset import load_voc_split
 from loading.yolo_dataset import load_yolo_split
 from pixels.value_range import ValueRange
@@ -67,12 +68,14 @@ def find_coco_paths(
     for paths in candidates:
         if paths.annotations.is_file():
             if not paths.images.is_dir():
-                raise FileNotFoundError(f"{paths.images}: no such image folder (for {paths.annotations})")
+                raise FileNotFoundError(f"{paths.images}: {why_no_folder(paths.images)} (for {paths.annotations})")
             return paths
-    tried = " nor ".join(str(paths.annotations) for paths in candidates)
+    tried = [str(paths.annotations) for paths in candidates]
+    what = f"neither {' nor '.join(tried)} exists" if len(tried) > 1 else f"{tried[0]} does not exist"
     flags = f"--{role}-images and --{role}-annotations"
     error = NoSplitError if annotations is None else FileNotFoundError
-    raise error(f"no {role} annotations: neither {tried} exists; set --data-path, or {flags}")
+    why = f" ({why_no_folder(root)})" if annotations is None and not root.is_dir() else ""
+    raise error(f"no {role} annotations: {what}{why}; set --data-path, or {flags}")
 
 
 def load_coco_split(
@@ -315,6 +318,7 @@ def load_data(
     unknown = [name for id_, name in loaded[-1].annotations.categories if id_ not in known_ids]
     if unknown:
         logger.warning("classes that the model does not know count as missed: %s", ", ".join(unknown))
+    warn_of_alike_names(loaded)
     if train is not None and not test_only:
         warn_of_unused(train, val or train)
     if train is not None and val is not None:

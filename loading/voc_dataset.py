@@ -17,13 +17,14 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from annotations.arrays import Annotations, cached_annotations
-from annotations.file_pairs import files_by_stem, missing_partner, similar_stem
+from annotations.file_pairs import Alone, files_by_stem, missing_partners, similar_stem
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.forms import FLAG, NAME, SIDE, short
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton
 from coco_utils import annotations_from_records
+from files import why_no_folder
 from loading.samples import ImageFolder
 from loading.split import NoSplitError, Split, checked_split
 from pixels.image_files import is_picture_name, spelling
@@ -93,7 +94,7 @@ def find_list(root: Path, role: str) -> Path:
             below = sorted(path.parent.name for path in root.glob("*/JPEGImages"))
             hint = f"; did you mean {root / below[0]}?" if below else ""
             raise FileNotFoundError(
-                f"{needed}: no such folder; --data-path is the one that holds Annotations, JPEGImages and "
+                f"{needed}: {why_no_folder(needed)}; --data-path is the one that holds Annotations, JPEGImages and "
                 f"ImageSets/Main, such as VOCdevkit/VOC2012{hint}"
             )
     column = ("train", "val").index(role)
@@ -117,6 +118,7 @@ def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str
         findings.error("list", str(listing), f"not UTF-8 text (byte {error.start})", "save the file as UTF-8")
         findings.raise_errors()
     pairs: dict[str, tuple[str, Path, Path]] = {}
+    alone: list[Alone] = []
     for n, line in enumerate(lines):
         stem, place = spelling(line.strip()), f"{listing}: line {n + 1}"
         if not stem:
@@ -125,15 +127,17 @@ def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str
             findings.warn("list", place, f"{stem} is listed before", "it is used once")
         elif stem not in picture_of:
             problem = f"no picture {pictures / stem}.*{similar_stem(stem, list(picture_of), picture_of, pictures)}"
-            missing_partner(findings, place, problem, "add it or remove the line (a line is a picture's stem)")
+            alone.append((place, problem, "add it or remove the line (a line is a picture's stem)"))
         elif stem not in xml_of:
             problem = f"no annotation {xmls / stem}.xml{similar_stem(stem, list(xml_of), xml_of, xmls)}"
-            remedy = "add it (without objects for a picture without any) or remove the line"
-            missing_partner(findings, place, problem, remedy)
+            alone.append((place, problem, "add it (without objects for a picture without any) or remove the line"))
         else:
             pairs[stem] = stem, pictures / picture_of[stem], xmls / xml_of[stem]
-    if not pairs and not any(finding.is_error for finding in findings.found):
-        findings.error("list", str(listing), "no pictures are listed", "write one stem a line")
+    missing_partners(findings, listing, alone, len(alone) + len(pairs))
+    if not pairs:
+        if not any(finding.is_error for finding in findings.found):
+            findings.error("list", str(listing), "no pictures are listed", "write one stem a line")
+        findings.raise_errors()
     return [pairs[stem] for stem in sorted(pairs)]
 
 
@@ -184,6 +188,7 @@ def read_voc(
         record["category_id"] = number_of.get(name, 1)
     if not known:
         findings.error("object", str(listing), "no objects in any of its xmls", "annotate some pictures")
+        findings.raise_errors()
     rules = Rules(
         str(listing),
         image_place=lambda i: str(pairs[i][1]),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from annotations.arrays import Annotations, cached_annotations
-from annotations.file_pairs import files_by_stem
+from annotations.file_pairs import Alone, files_by_stem, missing_partners
 from annotations.findings import Findings
 from annotations.forms import short
 from annotations.record_checks import Rules
@@ -137,6 +137,7 @@ def _listed_pictures(listing: Path, root: Path, findings: Findings) -> list[str]
         findings.error("list", str(listing), f"not UTF-8 text (byte {error.start})", "save the file as UTF-8")
         return []
     pictures = []
+    alone: list[Alone] = []
     for n, line in enumerate(lines):
         if not (name := line.strip().replace("\\", "/")):
             continue
@@ -146,7 +147,8 @@ def _listed_pictures(listing: Path, root: Path, findings: Findings) -> list[str]
             pictures.append(there[0])
         else:
             problem = f"no picture {printable(name)}"
-            findings.error("list", f"{listing}: line {n + 1}", problem, f"add it or correct the line ({tried[0]})")
+            alone.append((f"{listing}: line {n + 1}", problem, f"add it or correct the line ({tried[0]})"))
+    missing_partners(findings, listing, alone, len(alone) + len(pictures))
     return pictures
 
 

@@ -129,8 +129,15 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     run = save_run(tmp_path / "a", outcomes)
     masks = save_run(tmp_path / "b", outcomes, "segm")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "found.json").write_text("[]")
     for other, message in (
-        (tmp_path / "nowhere", "nowhere: no such folder"),
+        (tmp_path / "nowhere", "nowhere: no such folder; give the folder of a run"),
+        (tmp_path / "found.json", "found.json: a file, expected a folder; give the folder of a run; score.py compares"),
+        (
+            f"{run}/best/matches_bbox.npz",
+            f"npz: a file, expected a folder; give the folder of a run; is its run, {run}, m",
+        ),
+        (tmp_path / "found.json" / "x", f"x: no such folder, as {tmp_path / 'found.json'} is a file; give"),
         (tmp_path / "empty", "no matches_*.npz; is"),
         (masks, "no kind of score in common: bbox and segm"),
     ):

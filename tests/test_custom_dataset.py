@@ -603,3 +603,79 @@ def test_a_label_in_other_letters_than_the_class_says_so(tmp_path):
     edit(root, lambda e: e.update(labels=["Bolt "] * len(e["bboxes"])))
     with pytest.raises(BadDataError, match="label 'Bolt '; differs from 'bolt' in upper and lower case or blanks"):
         read_folder(root / "train", DatasetInfo(classes=("nut", "bolt")))
+
+
+def read_lines(split, **options):
+    with pytest.raises(BadDataError) as caught:
+        read_folder(split, DatasetInfo(), **options)
+    return str(caught.value).splitlines()[1:]
+
+
+@pytest.mark.parametrize("on_bad_data", ["error", "skip"])
+def test_jsons_of_the_other_split_are_said_once_for_all(tmp_path, on_bad_data):
+    root = draw_folder(tmp_path / "custom", num_images=4)
+    for path in (root / "test" / "images").iterdir():
+        path.rename(path.with_name(f"t_{path.name}"))
+    for path in (root / "test" / "annotations").iterdir():
+        path.rename(path.with_name(f"t_{path.name}"))
+    (root / "train" / "annotations").rename(root / "x")
+    (root / "test" / "annotations").rename(root / "train" / "annotations")
+    (root / "x").rename(root / "test" / "annotations")
+    jsons, pictures = read_lines(root / "train", on_bad_data=on_bad_data)
+    start = f"{root / 'train' / 'annotations'}: 4 of 4 belong to no file, such as "
+    assert jsons.startswith(start) and f"; {root / 'test' / 'images'} has them: are files of two splits" in jsons
+    assert f"images: 4 of 4 belong to no file, such as {root / 'train' / 'images' / 'im_000.png'}: no anno" in pictures
+    assert f"; {root / 'test' / 'annotations'} has them: " in pictures
+    (root / "test" / "annotations").rename(root / "gone")
+    assert '; add it ({"bboxes": []} for' in read_lines(root / "train", on_bad_data=on_bad_data)[1]
+
+
+def test_a_coco_file_among_the_jsons_is_called_that_with_the_flags_for_it(tmp_path):
+    root = draw_folder(tmp_path / "custom", num_images=4)
+    coco = root / "train" / "annotations" / "instances.json"
+    coco.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    expected = f"{coco}: expected the json of one picture, got a COCO annotation file; train on it with --dataset coco "
+    expected += f"--train-annotations {coco} --train-images {root / 'train' / 'images'}"
+    (line,) = read_lines(root / "train")
+    assert line.startswith(expected)
+    for path in (root / "train" / "annotations").glob("im_*"):
+        path.unlink()
+    (line,) = read_lines(root / "train")
+    assert line.startswith(expected)
+    coco.rename(coco.with_name("im_000.json"))
+    for path in (root / "train" / "images").glob("im_00[123].png"):
+        path.unlink()
+    (line,) = read_lines(root / "train")
+    assert (
+        "expected an object with a list 'bboxes', got a COCO annotation file; train on it with --dataset coco" in line
+    )
+
+
+def test_outlines_without_boxes_have_the_boxes_around_them(tmp_path):
+    root = draw_folder(tmp_path / "custom", polygons=True, num_keypoints=0)
+    before = read_folder(root / "train", DatasetInfo())
+    edit(root, lambda e: e.pop("bboxes"))
+    edit(root, lambda e: e.update(bboxes=[None] * len(e["bboxes"])), index=1)
+    after = read_folder(root / "train", DatasetInfo())
+    assert after.boxes_xywh.tolist() == before.boxes_xywh.tolist()
+    (warning,) = map(str, after.warnings)
+    assert "an object with a mask and no box" in warning and "the box around the mask is taken" in warning
+
+
+def test_classes_that_differ_in_case_only_are_warned_of(tmp_path, caplog):
+    root = draw_folder(tmp_path / "custom", classes=["nut", "Bolt"], num_keypoints=0)
+    load_data(Source("custom", root), "box")
+    assert "names that differ in case" not in caplog.text
+    edit(root, lambda e: e.update(labels=["bolt "] * len(e["bboxes"])))
+    load_data(Source("custom", root), "box")
+    assert (
+        "1 group(s) of classes have names that differ in case, blanks or dashes only: 'Bolt' and 'bolt '" in caplog.text
+    )
+
+
+def test_a_file_in_a_folder_s_place_is_called_that(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"images: no such folder, as .*x\.json is a file; expected"):
+        load_data(Source("custom", tmp_path / "x.json"), "box")
+    with pytest.raises(FileNotFoundError, match=r"exists \(a file, expected a folder\); set --data-path"):
+        load_data(Source("coco", tmp_path / "x.json"), "box")

@@ -209,6 +209,12 @@ def test_pictures_and_xmls_without_each_other_are_named(tmp_path, caplog):
         re.search(r"1 picture\(s\) that no entry of .*train\.txt names are not used: b\.jpg", m)
         for m in messages(caplog)
     )
+    listing.write_text("a.jpg\nb.jpg\n")
+    for on_bad_data in ("error", "skip"):
+        with pytest.raises(
+            BadDataError, match=r"^1 error.*\n.*train\.txt: 2 of 2 belong to no file, such as .*line 1: .*stem\)$"
+        ):
+            load(root, on_bad_data=on_bad_data)
     listing.write_text("\n")
     with pytest.raises(BadDataError, match=r"train\.txt: no pictures are listed"):
         load(root)

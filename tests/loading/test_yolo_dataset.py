@@ -225,6 +225,16 @@ def test_the_cache_sees_labels_and_pictures_change(tmp_path):
         load(path)
 
 
+def test_a_list_of_pictures_that_are_elsewhere_is_one_line(tmp_path):
+    path = draw_yolo(tmp_path, train="list.txt")
+    (tmp_path / "list.txt").write_text("\n".join(f"/data/images/{name}.png" for name in "abc"))
+    start = (
+        r"list\.txt: 3 of 3 belong to no file, such as .*list\.txt: line 1: no picture /data/images/a\.png; add it or c"
+    )
+    with pytest.raises(BadDataError, match=rf"^1 error.*\n.*{start}"):
+        load(path)
+
+
 BAD_YAMLS = {
     "syntax": ("train: [a\nval: b", r"data\.yaml: not valid yaml at line 2 column \d+"),
     "tab": ("\ttrain: a", r"not valid yaml at line 1"),
