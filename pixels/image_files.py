@@ -14,12 +14,15 @@ from PIL import Image, ImageFile
 
 # Names that say "a picture" wherever this Pillow cannot open them: without a plugin, or built without a library.
 _PICTURES_ELSEWHERE = frozenset(
-    [".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".webp", ".tif", ".tiff", ".svg", ".exr", ".hdr"]
+    [".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".webp", ".tif", ".tiff", ".svg", ".eps", ".exr", ".hdr"]
     + [".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"]
 )
 
 # Read as pictures by their header alone, and never decoded.
 _ONLY_HEADERS = ("MPEG",)
+
+# Not pictures but programs that draw one: Pillow would have Ghostscript run them.
+PROGRAMS = ("EPS",)
 
 # What is true of so large a share of the files has one cause; so many of them are looked for in other folders.
 NEARLY_ALL, SAMPLE = 0.9, 200
@@ -32,7 +35,7 @@ _MAX_EXAMPLES = 3
 def readable_suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, of the formats that the installed Pillow decodes."""
     Image.init()
-    readers = {name: reader[0] for name, reader in Image.OPEN.items() if name not in _ONLY_HEADERS}
+    readers = {name: reader[0] for name, reader in Image.OPEN.items() if name not in (*_ONLY_HEADERS, *PROGRAMS)}
     stubs = {
         name
         for name, reader in readers.items()

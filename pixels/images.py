@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, Unidentif
 from torch import Tensor
 
 from files import describe_content
-from pixels.image_files import unreadable_format
+from pixels.image_files import PROGRAMS, unreadable_format
 from pixels.value_range import ValueRange, to_levels
 
 # EXIF orientations that swap height and width (5 to 8: transposed or turned by a quarter).
@@ -115,6 +115,8 @@ class ImageHeader:
 def _open(path: Path) -> Image.Image:
     """Open ``path`` lazily and refuse image bombs before a pixel is decoded."""
     image = Image.open(path)
+    if image.format in PROGRAMS:
+        raise ValueError(f"{image.format} is a program that draws a picture, and is not run; save it as JPEG or PNG")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         size = f"{image.width} x {image.height}"
@@ -175,7 +177,8 @@ def read_image(
         with _open(path) as image:
             turns = apply_exif or _stored_size(image) != size
             # The higher bytes alone are what 16 bits come to.
-            if _is_deep(image) and not (image.mode in ("RGB", "RGBA") and value_range.of("whole") == (0, 65535)):
+            is_known = image.mode in ("RGB", "RGBA") and value_range.of("whole") == (0, 65535)
+            if _is_deep(image) and not (is_known and _maximum_of_ppm(image) is None):
                 pixels = _as_colour(to_levels(_decode_values(image, path, turns), value_range))
             else:
                 shown = _turned(image, turns)
@@ -264,7 +267,18 @@ def _raw_mode(image: Image.Image) -> str:
 
 def _is_deep(image: Image.Image) -> bool:
     """Tell whether a channel of an image that is not decoded yet has more than 8 bits."""
-    return image.mode.startswith(("I", "F")) or (image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image))
+    if image.mode.startswith(("I", "F")):
+        return True
+    return image.mode in ("RGB", "RGBA") and (";16" in _raw_mode(image) or _maximum_of_ppm(image) is not None)
+
+
+def _maximum_of_ppm(image: Image.Image) -> int | None:
+    """Return what a PPM that is not decoded yet says is white, where a colour has more than 8 bits; else None."""
+    if image.format != "PPM" or image.mode != "RGB":
+        return None
+    assert isinstance(image, ImageFile.ImageFile)
+    args = image.tile[0].args
+    return args[1] if isinstance(args, tuple) and isinstance(args[1], int) and args[1] > 255 else None
 
 
 def _turned(image: Image.Image, turns: bool) -> Image.Image:
@@ -285,6 +299,8 @@ def _decode_values(image: Image.Image, path: Path, turns: bool) -> np.ndarray:
         values = np.asarray(_turned(image, turns))
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     assert isinstance(image, ImageFile.ImageFile)
+    if (white := _maximum_of_ppm(image)) is not None:
+        return _decode_deep_ppm(image, white)
     raw_mode, swapped = _raw_mode(image), [_in_other_order(tile) for tile in image.tile]
     with _open(path) as other:
         assert isinstance(other, ImageFile.ImageFile)
@@ -295,6 +311,22 @@ def _decode_values(image: Image.Image, path: Path, turns: bool) -> np.ndarray:
         other.tile = swapped
         high, low = (np.asarray(_turned(one, turns))[:, :, :3] for one in (image, other))
     return _join_bytes(high, low)
+
+
+def _decode_deep_ppm(image: ImageFile.ImageFile, white: int) -> np.ndarray:
+    """Return the values of a PPM in colour, uint16 [H, W, 3], as Pillow gives those of a grey one: white is 65535.
+
+    Pillow would decode it to 8 bits; as a grey picture of three times the width it keeps all bits.
+    """
+    width, height = image.size
+    (tile,) = image.tile
+    args: str | tuple[str, int] = ("I", white)
+    codec = tile.codec_name
+    if codec == "ppm" and white == 65535:  # which Pillow's fast decoder reads too
+        codec, args = "raw", "I;16B"
+    image._mode, image._size = "I", (3 * width, height)
+    image.tile = [tile._replace(codec_name=codec, extents=(0, 0, 3 * width, height), args=args)]
+    return np.asarray(image).astype(np.uint16).reshape(height, width, 3)
 
 
 def _in_other_order(tile: Any) -> Any:

@@ -26,6 +26,15 @@ def test_names_are_judged_by_the_installed_pillow_whatever_their_case():
         assert not is_picture_name(name) and unreadable_format(name) is None, name
 
 
+def test_a_program_that_draws_a_picture_is_not_run(tmp_path):
+    """Pillow has Ghostscript run it, and without one fails in the middle of a training."""
+    assert is_picture_name("a.EPS") and "does not open .EPS files; save it as JPEG or PNG" in unreadable_format("a.EPS")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match="header: EPS is a program that draws a picture, and is not run; save it"):
+        read_header(tmp_path / "a.png")
+
+
 def test_a_format_that_a_plugin_adds_is_opened(monkeypatch):
     from pixels.image_files import readable_suffixes
 

@@ -84,6 +84,25 @@ def test_tiff_colours_of_16_bits_have_all_their_bits(tmp_path, order, deflate):
     assert (read_values(path) == COLOURS[:, :, :3]).all()
 
 
+@pytest.mark.parametrize("kind", ["P6", "P3"])
+def test_a_ppm_in_colour_has_all_its_bits_as_a_grey_one_has(tmp_path, kind):
+    values = (np.arange(4 * 5 * 3).reshape(4, 5, 3) * 60).astype(np.uint16)  # 12 bits
+    path = tmp_path / "a.ppm"
+
+    def write(white):
+        body = " ".join(map(str, values.reshape(-1))).encode() if kind == "P3" else values.astype(">u2").tobytes()
+        path.write_bytes(f"{kind}\n5 4\n{white}\n".encode() + body)
+
+    write(65535)
+    assert read_header(path).is_deep and (read_values(path) == values).all()
+    assert read_image(path, value_range=TWELVE_BITS).tolist() == (values >> 4).tolist()
+    assert read_image(path).tolist() == (values >> 8).tolist()
+    write(4000)  # the file says what is white
+    assert (read_values(path) == np.rint(values * (65535 / 4000))).all()
+    path.write_bytes(b"P6\n2 1\n255\n" + bytes(range(6)))
+    assert not read_header(path).is_deep and read_image(path).reshape(-1).tolist() == list(range(6))
+
+
 def test_deep_colours_are_turned_by_exif_as_others_are(tmp_path):
     for orientation in range(1, 9):
         exif = with_orientation(orientation)
