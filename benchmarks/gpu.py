@@ -19,7 +19,7 @@ from pathlib import Path
 from common import machine, table  # isort: skip
 import torch
 from anchors import AnchorA, anchor_b, zip_columns
-from step import logging_loop
+from loop import logging_loop
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as tvf
 
@@ -29,6 +29,9 @@ from loading.loaders import build_train_loader
 from loading.splits import Source, load_data
 from models.acceleration import compile_backbone, typical_input, use_channels_last
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from models.batched_step import use_batched_step
+from models.box_precision import keep_boxes_float32
+from models.folded_norm import fold_frozen_norms
 from optimization.optimizer import build_optimizer
 from optimization.precision import choose_amp
 from optimization.schedule import LearningRate
@@ -41,6 +44,7 @@ PRESET = {"ssd300_vgg16": "ssd", "ssdlite320_mobilenet_v3_large": "ssdlite"}
 BATCH_SIZE = {"ssd300_vgg16": 4, "ssdlite320_mobilenet_v3_large": 24}  # the recipes'; 2 for all others
 WAYS = {
     "plain loop": {},
+    "suite, torchvision's step": {"torchvision_step": True},
     "suite": {},
     "suite, AMP": {"amp": True},
     "suite, AMP, channels-last": {"amp": True, "channels_last": True},
@@ -133,10 +137,13 @@ def plain_loader(args, name, device):
         dataset = anchor_b(images, annotations, PRESET.get(name, "hflip"), with_masks=task == "mask")
         inner = getattr(dataset, "_dataset", dataset)
         keep = [i for i, id_ in enumerate(inner.ids) if inner.coco.getAnnIds([id_], iscrowd=False)]
+    batch_size = args.batch_size or BATCH_SIZE.get(name, 2)
+    if len(keep) < batch_size:
+        raise ValueError(f"{images}: {len(keep)} images have objects, and a batch takes {batch_size}")
     return PlainLoader(
         DataLoader(
             torch.utils.data.Subset(dataset, keep),
-            batch_size=BATCH_SIZE.get(name, 2),
+            batch_size=batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=args.workers,
@@ -154,12 +161,26 @@ def measure(args, name, way, device, from_memory):
     data = load_data(Source(dataset, args.data_path), task)
     sizes = {} if name.startswith("ssd") or not args.min_size else {"min_size": (args.min_size,)}
     sizes |= {"max_size": args.min_size * 5 // 3} if sizes else {}
-    spec = ModelSpec(name, data.label_map.num_classes, data.num_keypoints if task == "keypoint" else 0, **sizes)
+    architecture = ARCHITECTURES[name]
+    spec = ModelSpec(
+        name,
+        data.label_map.num_classes,
+        data.num_keypoints if task == "keypoint" else 0,
+        frozen_norm=architecture.freezes_norm,  # as from pretrained weights
+        trainable_layers=architecture.trainable_layers,
+        **sizes,
+    )
     torch.manual_seed(0)
     model = build_model(spec).to(device).train()
+    if way != "plain loop":
+        fold_frozen_norms(model)
+        if not options.get("torchvision_step"):
+            use_batched_step(model)
     torch.backends.cudnn.benchmark = way != "plain loop" and spec.architecture.fixed_size is not None
     amp_dtype, scaler = choose_amp("auto", device) if options.get("amp") else (None, None)
-    batch_size = BATCH_SIZE.get(name, 2)
+    batch_size = args.batch_size or BATCH_SIZE.get(name, 2)
+    if amp_dtype is not None:
+        keep_boxes_float32(model)
     if options.get("channels_last"):
         use_channels_last(model)
     if options.get("compile"):
@@ -209,6 +230,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="default: the recipes'")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--min-size", type=int, help="for a quick look without a GPU; not for the SSDs")

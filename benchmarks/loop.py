@@ -1,6 +1,6 @@
 """The engine's training step beside a bare loop over the same batches: CPU time, and waits for the device.
 
-    python benchmarks/step.py [--steps 8] [--rounds 5] [--models ...]
+    python benchmarks/loop.py [--steps 8] [--rounds 5] [--models ...]
 
 The bare loop is forward, sum, backward, step, zero_grad and nothing else; torchvision's scripts add a reduced loss that
 is read every step, and one read per logged loss. The same batches are in memory, so no loader is in any figure. Rounds
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from common import machine, table
 from torch import nn
-from waits import count_waits
 
+from benchmarks.waits import count_waits
 from engine import train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
 from models.architectures import ARCHITECTURES, ModelSpec, build_model

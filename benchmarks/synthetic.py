@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from models.object_block import BatchTargets, objects_of
+
 CATEGORIES = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(80)]
 
 
@@ -50,7 +52,7 @@ def _outline(rng, vertices, height, width):
 
 
 def draw_batch(task, images, size, objects=7, num_classes=91, num_keypoints=17, seed=0):
-    """Return pictures of noise and as many objects in each: lists of float [3, H, W] and of targets."""
+    """Return pictures of noise, float [3, H, W], and as many objects in each, as the loader gives them."""
     rng = torch.Generator().manual_seed(seed)
     height, width = size
     pictures = [torch.rand((3, height, width), generator=rng) for _ in range(images)]
@@ -70,7 +72,7 @@ def draw_batch(task, images, size, objects=7, num_classes=91, num_keypoints=17, 
             places = boxes[:, None, :2] + places * (boxes[:, None, 2:] - boxes[:, None, :2])
             target["keypoints"] = torch.cat([places, torch.ones(objects, num_keypoints, 1)], dim=2)
         targets.append(target)
-    return pictures, targets
+    return pictures, BatchTargets(targets, objects_of(targets))
 
 
 def coco_size_json(path, images=118_000, objects=7, vertices=25):

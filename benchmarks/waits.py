@@ -8,16 +8,20 @@ others, and whatever was there before, are the device's.
 Not seen: whether memory is page-locked. Copies with ``non_blocking`` are counted by themselves, as copies.
 """
 
+import contextlib
 import functools
 import sys
 from collections import Counter
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import boxes
 
+from models import proposal_step
 from optimization.step import StepOptions, update_parameters
 
 # Operators whose result the host must know before it can go on, as they appear below autograd.
@@ -57,7 +61,7 @@ class Count(TorchDispatchMode):
         self.clear()
         self.part = "all"
         self._calls = _Calls(self)
-        self._host = set()  # addresses of the host's storages
+        self._host = {}  # the host's storages by their addresses, which may be used again when they are gone
         self._makes_host = False  # whether what a Python call makes from nothing is the host's
 
     def clear(self):
@@ -130,13 +134,16 @@ class Count(TorchDispatchMode):
         return self.part
 
     def is_host(self, tensor):
-        return _address(tensor) in self._host
+        storage = self._host.get(_address(tensor))
+        return storage is not None and not storage.expired()
 
     def mark(self, tensor, is_host):
         """Note on which side a new tensor is."""
         address = _address(tensor)
-        if address:  # an empty one has none
-            (self._host.add if is_host else self._host.discard)(address)
+        if is_host and address:  # an empty one has none
+            self._host[address] = StorageWeakRef(tensor.untyped_storage())
+        else:
+            self._host.pop(address, None)
 
     def wait(self, name, copies=0):
         self.waits[self._part(), name] += 1
@@ -231,6 +238,21 @@ class StepCount(Count):
         return sum(number for (part, _), number in self.waits.items() if not parts or part in parts)
 
 
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Let torchvision's code and ours take the way of a GPU where CPUs have one of their own: one call of nms, not many."""
+    places = [(boxes, "_batched_nms_vanilla", boxes._batched_nms_coordinate_trick)]
+    places.append((proposal_step, "calls_nms_once", lambda device: True))
+    saved = [getattr(module, name) for module, name, _ in places]
+    for module, name, value in places:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(places, saved):
+            setattr(module, name, value)
+
+
 def count_step(model, images, targets, optimizer):
     """Count forward, by part, backward and update of the second of two equal steps: the first fills what is kept.
 
@@ -254,7 +276,7 @@ def count_step(model, images, targets, optimizer):
         if isinstance(module := getattr(model, name, None), torch.nn.Module):
             handles += _count_apart(module, part, count)
     try:
-        with count:
+        with as_on_a_gpu(), count:
             for _ in range(2):
                 count.clear()
                 count.part = "losses"

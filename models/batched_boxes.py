@@ -16,7 +16,7 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Copy a small host tensor; to a GPU from pinned memory, without a wait for what is queued there."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
