@@ -41,8 +41,10 @@ _LOST_NCCL_PEER = (
     "ollective operation timeout",
 )
 
-# What CUDA, its libraries and NCCL say, and what it means.
-_GPU_FAILURES = {
+# What torch, CUDA, its libraries and NCCL say, and what it means.
+_KNOWN_FAILURES = {
+    "DefaultCPUAllocator: can't allocate memory": "this machine's memory is full; lower --batch-size, --min-size or "
+    "--workers; --resume auto continues",
     "Duplicate GPU detected": "two processes have been given one GPU; start no more processes per machine than it has "
     "GPUs (torchrun --nproc_per_node, srun --ntasks-per-node), and let each see all of them or one of its own",
     "CUDA error: out of memory": "the GPU's memory is full, perhaps with another program (nvidia-smi lists them); end "
@@ -135,7 +137,7 @@ def explain_failure(error: BaseException) -> str | None:
         return f"too many open files (limit {soft}, at most {hard}); raise it with ulimit -n, or lower --workers"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{lines[0]} Lower --batch-size or --min-size, or train with --amp; --resume auto continues"
-    for sign, advice in _GPU_FAILURES.items():
+    for sign, advice in _KNOWN_FAILURES.items():
         if sign in text:
             line = next(line for line in lines if sign in line)
             return f"{line.strip()}: {advice}"

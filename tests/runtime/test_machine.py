@@ -302,6 +302,13 @@ def test_what_cuda_says_is_explained(text, advice):
     assert explained.startswith(text.splitlines()[0]) and advice in explained and "\n" not in explained
 
 
+def test_a_full_memory_of_the_machine_is_explained():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    explained = explain_failure(raised.value)
+    assert "can't allocate memory" in explained and "--batch-size" in explained and "\n" not in explained
+
+
 def test_a_bug_on_a_gpu_keeps_its_traceback():
     assert explain_failure(torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel")) is None
 
