@@ -30,7 +30,7 @@ from annotations.record_checks import (
 )
 from annotations.record_reader import Notes, Record, RecordReader
 from annotations.segmentations import Segmentations, check_segmentations
-from files import naming, write_aside
+from files import read_text, write_aside
 from pixels.masks import area_of_polygons
 
 # A larger file would need some forty gigabytes of memory to parse.
@@ -65,8 +65,8 @@ def read_json(path: Path) -> Any:
     if size > MAX_JSON_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_JSON_BYTES}", "split the file")
     try:
-        with _collector_off(), naming(path):
-            text = path.read_text(encoding="utf-8-sig")
+        with _collector_off():
+            text = read_text(path)
             return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_double_keys)
     except _ConstantError:
         raise fail(*_locate_constants(text)) from None

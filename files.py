@@ -58,6 +58,12 @@ def why_no_folder(path: Path) -> str:
     return "a file, expected a folder" if there == path else f"no such folder, as {there} is a file"
 
 
+def read_text(path: Path) -> str:
+    """Return a file's text, UTF-8 with or without a byte order mark; an error of the system names the file."""
+    with naming(path):
+        return path.read_text(encoding="utf-8-sig")
+
+
 def write_torch_file(content: Any, file: IO[bytes]) -> None:
     """Write what ``torch.save`` can write to an open file.
 

@@ -24,7 +24,7 @@ from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton
 from coco_utils import annotations_from_records
-from files import why_no_folder
+from files import naming, read_text, why_no_folder
 from loading.samples import ImageFolder
 from loading.split import NoSplitError, Split, checked_split
 from pixels.image_files import is_picture_name, spelling
@@ -113,7 +113,7 @@ def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str
     picture_of = files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
     xml_of = files_by_stem(xmls, lambda name: name.lower().endswith(".xml"), "not an xml by its name", findings)
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(listing).splitlines()
     except UnicodeDecodeError as error:
         findings.error("list", str(listing), f"not UTF-8 text (byte {error.start})", "save the file as UTF-8")
         findings.raise_errors()
@@ -212,7 +212,8 @@ def read_xml(path: Path) -> Element:
     if (size := path.stat().st_size) > MAX_XML_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_XML_BYTES}", "is this an annotation?")
     try:
-        tree: Element = fromstring(path.read_bytes())
+        with naming(path):
+            tree: Element = fromstring(path.read_bytes())
     except DefusedXmlException as error:
         raise fail(f"entities are not read ({type(error).__name__})", "remove its DOCTYPE") from None
     except ParseError as error:

@@ -21,6 +21,7 @@ from annotations.forms import short
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from coco_utils import annotations_from_records
+from files import read_text
 from loading.samples import ImageFolder
 from loading.split import NoSplitError, Split, checked_split
 from loading.yolo_yaml import YoloInfo, find_yaml, read_yolo_info
@@ -132,7 +133,7 @@ def find_pictures(info: YoloInfo, role: str, findings: Findings) -> FoundPicture
 def _listed_pictures(listing: Path, root: Path, findings: Findings) -> list[str]:
     """Return the pictures that a text file lists, relative to its folder or to ``root``."""
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(listing).splitlines()
     except UnicodeDecodeError as error:
         findings.error("list", str(listing), f"not UTF-8 text (byte {error.start})", "save the file as UTF-8")
         return []
@@ -236,7 +237,7 @@ class _Rows:
     def read_file(self, label: str, image: Record) -> None:
         """Add the objects of one picture."""
         try:
-            lines = Path(label).read_text(encoding="utf-8-sig").splitlines()
+            lines = read_text(Path(label)).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             problem = (
                 "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"

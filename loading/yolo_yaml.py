@@ -12,6 +12,7 @@ import yaml
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.forms import NAMES, short, whole_number
 from annotations.skeleton import COCO_PERSON_KEYPOINTS, Skeleton, flip_order, ignored_pairs, infer_flip_pairs
+from files import read_text
 from loading.split import implied_pairs
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,11 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_YAML_BYTES}", "is this the dataset's data.yaml?")
     try:
-        content = _StrictLoader(path.read_text(encoding="utf-8-sig")).get_single_data()
+        content = _StrictLoader(read_text(path)).get_single_data()
     except UnicodeDecodeError as error:
         raise fail(f"not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except OSError:
+        raise
     except RecursionError:
         raise fail("nested too deeply") from None
     except yaml.MarkedYAMLError as error:

@@ -12,6 +12,8 @@ from annotations.arrays import Annotations, cached_annotations, load_annotations
 from annotations.findings import LINES_PER_KIND, BadDataError
 from coco_utils import read_coco, read_json, to_coco
 from helpers.drawn import draw_coco
+from loading.voc_dataset import read_xml
+from loading.yolo_yaml import read_yaml
 from pixels.masks import compress_rle
 
 
@@ -194,9 +196,10 @@ def compress(runs):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
-def test_a_file_that_cannot_be_read_is_named():
+@pytest.mark.parametrize("read", [read_json, read_yaml, read_xml])
+def test_a_file_that_the_disk_does_not_give_is_named(read):
     with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
-        read_json(Path("/proc/self/mem"))
+        read(Path("/proc/self/mem"))
 
 
 def test_all_findings_come_at_once(tmp_path):
