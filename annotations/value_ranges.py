@@ -1,13 +1,14 @@
-"""Which values of a dataset's deep pictures (more than 8 bits a channel) are black and white, from the files' values.
+"""What picture files hold beside one picture of 8 bits a channel: deeper values, and pages after the first.
 
-The answer depends on the files and their order alone: the same at any number of processes, and at every start.
+Which values of deep pictures (more than 8 bits a channel) are black and white follows from the files and their order
+alone: it is the same at any number of processes, and at every start.
 """
 
 import concurrent.futures
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,28 @@ DARK = 1 / 16
 SeenValues = list[tuple[Path, ValueBounds]]
 
 
+@dataclass
+class SeenPictures:
+    """What was seen of picture files.
+
+    Attributes:
+        count: How many were looked at.
+        values: Of deep pictures, those that were decoded.
+        with_more: Those with more pages or frames than the one that is read.
+    """
+
+    count: int = 0
+    values: SeenValues = field(default_factory=list)
+    with_more: list[Path] = field(default_factory=list)
+
+    def __add__(self, other: "SeenPictures") -> "SeenPictures":
+        """Join what was seen of two lots of files."""
+        return SeenPictures(self.count + other.count, self.values + other.values, self.with_more + other.with_more)
+
+
 def look_at_values(
     count: int, path_of: Callable[[int], Path], *, memory: FileMemory | None = None, workers: int | None = None
-) -> SeenValues:
+) -> SeenPictures:
     """Read headers, and of deep pictures the values; others are not decoded.
 
     Of many files some are looked at, spread evenly. Files that cannot be read are passed over.
@@ -47,12 +67,9 @@ def look_at_values(
         path_of: The file at a position.
         memory: What was seen at an earlier start.
         workers: Threads; as many as there are cores by default.
-
-    Returns:
-        What was seen of deep pictures; nothing of others.
     """
     paths = [path_of(i) for i in _spread(count, count if count <= MAX_HEADERS else HEADERS_OF_LARGE_SETS)]
-    # False for a picture of 8 bits, the bounds of a deep one, True for one that is not decoded yet.
+    # (has more pages; False for a picture of 8 bits, the bounds of a deep one, True for one that is not decoded yet).
     known: dict[Path, Any] = {path: None if memory is None else memory.get(path) for path in paths}
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
 
@@ -65,14 +82,15 @@ def look_at_values(
                     memory.put(path, value)
 
         new = [path for path in paths if known[path] is None]
-        learn(new, _is_deep, None)
-        deep = [path for path in paths if known[path]]
+        learn(new, _look, None)
+        deep = [path for path in paths if known[path] and known[path][1]]
         chosen = [deep[i] for i in _spread(len(deep), MAX_DECODED)]
-        undecoded = [path for path in chosen if known[path] is True]
-        learn(undecoded, _bounds, "looking at pictures of more than 8 bits")
+        undecoded = [path for path in chosen if known[path][1] is True]
+        learn(undecoded, lambda path: _with_bounds(path, known[path][0]), "looking at pictures of more than 8 bits")
     if memory is not None and new + undecoded:
         memory.save()
-    return [(path, ValueBounds(*known[path])) for path in chosen if known[path] is not None]
+    values = [(path, ValueBounds(*known[path][1])) for path in chosen if known[path] is not None]
+    return SeenPictures(len(paths), values, [path for path in paths if known[path] and known[path][0]])
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -80,19 +98,30 @@ def _spread(count: int, limit: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, limit)).astype(np.int64).tolist() if count else []
 
 
-def _is_deep(path: Path) -> bool | None:
+def _look(path: Path) -> list[object] | None:
     try:
-        return read_header(path).is_deep
+        header = read_header(path)
     except BadImageError:
         return None
+    return [header.has_more, header.is_deep]
 
 
-def _bounds(path: Path) -> list[object] | None:
+def _with_bounds(path: Path, has_more: bool) -> list[object] | None:
     try:
         values = read_values(path)
     except BadImageError:
         return None
-    return None if values is None else list(astuple(bounds_of(values)))
+    return None if values is None else [has_more, list(astuple(bounds_of(values)))]
+
+
+def warn_of_pages(seen: SeenPictures, name: str) -> None:
+    """Warn of files with more pages or frames than the one that is read; ``name`` says what they are."""
+    if seen.with_more:
+        logger.warning(
+            "%s: %d of %d picture(s) have several pages or frames, such as %s: only the first of each is used; save "
+            "the others as pictures of their own if they are wanted",
+            *(name, len(seen.with_more), seen.count, printable(str(seen.with_more[0]))),
+        )
 
 
 def settle_value_range(seen: SeenValues, known: ValueRange, name: str) -> ValueRange:

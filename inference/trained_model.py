@@ -9,7 +9,7 @@ from torch import nn
 
 from annotations.labels import LabelMap
 from annotations.skeleton import Skeleton
-from annotations.value_ranges import look_at_values, settle_value_range
+from annotations.value_ranges import look_at_values, settle_value_range, warn_of_pages
 from models.architectures import ModelSpec
 from pixels.value_range import ValueRange
 from runtime.checkpoint import load_checkpoint
@@ -72,10 +72,11 @@ def load_trained_model(path: Path) -> TrainedModel:
 def settle_brightness(trained: TrainedModel, paths: Sequence[Path], workers: int | None = None) -> TrainedModel:
     """Return the model with a rule for the brightness of these files, where its checkpoint has none.
 
-    Warns of files that do not fit the rule. One rule holds for all of them.
+    Warns of files that do not fit the rule, and of those with several pages. One rule holds for all of them.
     """
     seen = look_at_values(len(paths), paths.__getitem__, workers=workers)
-    return replace(trained, value_range=settle_value_range(seen, trained.value_range, "files"))
+    warn_of_pages(seen, "files")
+    return replace(trained, value_range=settle_value_range(seen.values, trained.value_range, "files"))
 
 
 def choose_threshold(given: float | None, trained: TrainedModel) -> tuple[float, str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from annotations.arrays import Annotations
 from annotations.image_checks import FileMemory
-from annotations.value_ranges import SeenValues, look_at_values, settle_value_range
+from annotations.value_ranges import SeenPictures, look_at_values, settle_value_range, warn_of_pages
 from loading.samples import ImageFolder, ImageSource
 from pixels.value_range import ValueRange
 
@@ -20,24 +20,27 @@ def dataset_value_range(
 ) -> ValueRange:
     """Return which values are black and white in all pictures of all splits; the log says so where it matters.
 
+    Files with several pages or frames are warned of.
+
     Args:
         splits: (where pixels come from, annotations, usable images int64) of each.
         known: The rule of a checkpoint, which stays; empty for a new run.
         name: What the pictures are called in messages.
         cache_dir: Remembers what was seen of each file; None for the default.
     """
-    seen: SeenValues = []
+    seen = SeenPictures()
     for images, annotations, indices in splits:
         if isinstance(images, ImageFolder):
             seen += _look_at_split(images, annotations, indices, cache_dir)
-    return settle_value_range(seen, known, name)
+    warn_of_pages(seen, name)
+    return settle_value_range(seen.values, known, name)
 
 
 def _look_at_split(
     images: ImageFolder, annotations: Annotations, indices: np.ndarray, cache_dir: Path | None
-) -> SeenValues:
+) -> SeenPictures:
     return look_at_values(
         len(indices),
         lambda n: images.root / annotations.file_name(int(indices[n])),
-        memory=FileMemory("values", images.root, cache_dir),
+        memory=FileMemory("pictures", images.root, cache_dir),
     )

@@ -32,7 +32,10 @@ _TURN_BACK = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_SUBFILE = 256, 257, 254
+
+# Formats whose pages or frames are pictures of their own; what others hold beside the first are previews and layers.
+_WITH_FRAMES = ("GIF", "TIFF", "PNG", "WEBP", "AVIF")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 # Pillow keeps the higher byte of 16-bit colours, by a raw mode that says which of the two comes first. The raw mode of
@@ -96,6 +99,7 @@ class ImageHeader:
         orientation: EXIF orientation, 1 where there is none.
         mode: Pillow's colour mode.
         is_deep: Whether a channel has more than 8 bits.
+        has_more: Whether more pages or frames follow, which are not read.
     """
 
     height: int
@@ -103,6 +107,7 @@ class ImageHeader:
     orientation: int
     mode: str
     is_deep: bool = False
+    has_more: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -147,7 +152,7 @@ def read_header(path: Path) -> ImageHeader:
     """
     try:
         with _open(path) as image:
-            return ImageHeader(*_stored_size(image), _orientation(image), image.mode, _is_deep(image))
+            return ImageHeader(*_stored_size(image), _orientation(image), image.mode, _is_deep(image), _has_more(image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
         raise BadImageError(path, f"cannot read the image header: {_reason(error, path)}") from error
 
@@ -270,6 +275,21 @@ def _is_deep(image: Image.Image) -> bool:
     if image.mode.startswith(("I", "F")):
         return True
     return image.mode in ("RGB", "RGBA") and (";16" in _raw_mode(image) or _maximum_of_ppm(image) is not None)
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Tell whether pages or frames follow the first; a smaller copy of a TIFF is none. Leaves the image elsewhere."""
+    if image.format not in _WITH_FRAMES:
+        return False
+    try:
+        if not getattr(image, "is_animated", False):
+            return False
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            image.seek(1)
+            return not image.tag_v2.get(_TIFF_SUBFILE, 0) & 1
+    except Exception:  # of what follows the first, which alone is read
+        return False
+    return True
 
 
 def _maximum_of_ppm(image: Image.Image) -> int | None:

@@ -16,7 +16,7 @@ from helpers.deep_images import save_png16
 from helpers.drawn import draw_coco
 from helpers.runs import QUICK
 from helpers.shaken import shaken_checkpoint
-from inference.trained_model import load_trained_model
+from inference.trained_model import TrainedModel, load_trained_model, settle_brightness
 from loading.splits import Source, load_data
 from pixels.value_range import ValueRange
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -130,10 +130,30 @@ def test_broken_files_are_passed_over_and_missing_values_named(tmp_path, caplog)
     paths[2].write_bytes(b"no picture")
     paths.append(save_png16(np.full((60, 80, 3), 1000, np.uint16), tmp_path / "cut.png"))
     paths[3].write_bytes(paths[3].read_bytes()[:60])
-    seen = look_at_values(4, paths.__getitem__)
+    seen = look_at_values(4, paths.__getitem__).values
     assert [path for path, _ in seen] == paths[:2]
     assert settle_value_range(seen, ValueRange(), "data").real == (-1, 1)
     assert "1 picture(s) have values that are no numbers (NaN or infinite), such as " in caplog.text
+
+
+def test_pages_and_frames_after_the_first_are_told_once_a_dataset(tmp_path, caplog):
+    root = draw_coco(tmp_path / "data")
+    for path, mode in ((root / "train2017" / "000001.png", "RGB"), (root / "val2017" / "000002.png", "I;16")):
+        with Image.open(path) as image:
+            first = (
+                image.convert(mode) if mode == "RGB" else Image.fromarray(np.asarray(image)[:, :, 0].astype("u2") << 4)
+            )
+        first.save(path, "TIFF", save_all=True, append_images=[first])
+    data = load(root)
+    expected = f"2 of 12 picture(s) have several pages or frames, such as {root / 'train2017' / '000001.png'}: only the"
+    assert [expected in text for text in warnings(caplog)].count(True) == 1
+    known = data.to_plain()
+    caplog.clear()
+    load(root, known=known)  # from what is remembered of the files
+    assert [expected in text for text in warnings(caplog)].count(True) == 1
+    caplog.clear()
+    settle_brightness(TrainedModel(*[None] * 4), sorted((root / "train2017").iterdir()))  # as predict.py does
+    assert "files: 1 of 6 picture(s) have several pages or frames" in caplog.text
 
 
 def test_of_large_sets_some_files_are_looked_at_spread_evenly(tmp_path, monkeypatch):
@@ -149,7 +169,7 @@ def test_of_large_sets_some_files_are_looked_at_spread_evenly(tmp_path, monkeypa
     look_at_values(11, path_of)
     assert asked == list(range(11))
     monkeypatch.setattr(value_ranges, "MAX_DECODED", 3)
-    assert [bounds.high for _, bounds in look_at_values(11, path_of)] == [0, 500, 1000]
+    assert [bounds.high for _, bounds in look_at_values(11, path_of).values] == [0, 500, 1000]
     asked.clear()
     monkeypatch.setattr(value_ranges, "MAX_HEADERS", 10)
     look_at_values(11, path_of)

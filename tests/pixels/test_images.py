@@ -103,6 +103,22 @@ def test_a_ppm_in_colour_has_all_its_bits_as_a_grey_one_has(tmp_path, kind):
     assert not read_header(path).is_deep and read_image(path).reshape(-1).tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
+def test_pages_and_frames_after_the_first_are_seen_and_previews_are_not(tmp_path, kind):
+    first, second = (Image.fromarray(level + np.zeros((8, 9, 3), np.uint8)) for level in (0, 200))
+    first.save(tmp_path / "one", "JPEG" if kind == "MPO" else kind)
+    first.save(tmp_path / "two", kind, save_all=True, append_images=[second])
+    assert not read_header(tmp_path / "one").has_more
+    assert read_header(tmp_path / "two").has_more == (kind != "MPO")  # a phone's second picture is a preview
+    assert read_image(tmp_path / "two").max() < 10
+    if kind == "TIFF":
+        second.encoderinfo = {"tiffinfo": {254: 1}}  # a smaller copy, as in pyramids
+        first.save(tmp_path / "pyramid", kind, save_all=True, append_images=[second])
+        data = (tmp_path / "two").read_bytes()
+        (tmp_path / "cut").write_bytes(data[: len(data) // 2 + 50])
+        assert not read_header(tmp_path / "pyramid").has_more and not read_header(tmp_path / "cut").has_more
+
+
 def test_deep_colours_are_turned_by_exif_as_others_are(tmp_path):
     for orientation in range(1, 9):
         exif = with_orientation(orientation)
