@@ -33,8 +33,8 @@ class BatchedTransform(GeneralizedRCNNTransform):
     def batch(self, images: Sequence[Tensor], objects: ObjectBlock) -> tuple[PictureBatch, ObjectBlock]:
         """Resize, normalise and pad pictures, and move their objects along: `GeneralizedRCNNTransform.forward`.
 
-        torchvision normalises each picture with numbers that it copies to the device for it; here the padded batch is
-        normalised at once. Its padding holds the mean, which becomes 0. Pictures differ from torchvision's by rounding.
+        torchvision normalises each picture before the resize, with numbers that it copies to the device for it; here it
+        is done on the way into the batch. Pictures differ from torchvision's by rounding.
 
         Args:
             images: float [3, H, W] each, in 0..1.
@@ -48,12 +48,12 @@ class BatchedTransform(GeneralizedRCNNTransform):
         sizes = self._sizes_after(given)
         mean, std = (constant(tuple(values), device)[:, None, None] for values in (self.image_mean, self.image_std))
         padded = [math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes)]
-        tensors = mean.to(images[0].dtype).expand(len(images), 3, *padded).contiguous()
+        tensors = images[0].new_zeros((len(images), 3, *padded))
         for picture, image, size in zip(tensors, images, sizes):
             if image.shape[-2:] != size:
                 image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-            picture[:, : size[0], : size[1]] = image
-        tensors.sub_(mean).div_(std)
+            torch.sub(image, mean, out=picture[:, : size[0], : size[1]])
+        tensors.div_(std)
 
         # All that the device has to know of sizes: height and width, and by what x, y, x, y of boxes are multiplied.
         after = np.array(sizes, dtype=np.float32)
