@@ -131,7 +131,7 @@ def main(
         if args.compile:
             compile_backbone(bare_model, typical_input(spec, sampler.batch_size, device), options.amp_dtype)
         meet("are not ready for the first step yet")
-        model = distribute(bare_model, device, args.accumulate)
+        model = distribute(bare_model, args.accumulate)
 
         # Plan
         plan = Plan(state, train_loader, learning_rate, args.accumulate, output_dir, args.keep_checkpoints)

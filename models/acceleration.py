@@ -97,16 +97,17 @@ def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype |
     return True
 
 
-def distribute(model: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
+def distribute(model: nn.Module, accumulate: int = 1) -> nn.Module:
     """Return ``model`` in DDP where there are several processes, else as it is.
 
     Every loss reaches every trainable parameter in every step, empty images included, so the graph is static.
     Running statistics of norms play no part in a training step: they are not broadcast each time but once before
     they are used, by `broadcast_buffers`; the first process's are what a broadcast per step would leave.
+    DDP is not told the device: batches are there already, and it would walk through them and build new lists, without
+    the block of objects that `BatchTargets` carry.
 
     Args:
-        model: On its device.
-        device: What this process trains on; a GPU of its own with CUDA.
+        model: On its device; a GPU of this process's own with CUDA.
         accumulate: Steps per update.
     """
     if not dist.is_initialized():
@@ -116,7 +117,6 @@ def distribute(model: nn.Module, device: torch.device, accumulate: int = 1) -> n
     options: dict[str, Any] = {syncs_buffers: False}
     return nn.parallel.DistributedDataParallel(
         model,
-        [device.index] if device.type == "cuda" else None,
         **options,
         gradient_as_bucket_view=True,
         static_graph=accumulate == 1,  # DDP does not support it together with no_sync

@@ -24,6 +24,7 @@ from models.acceleration import (
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from models.object_block import BatchTargets, objects_of
 
 CPU = torch.device("cpu")
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
@@ -94,7 +95,7 @@ def _warnings_of_a_channels_last_step(rank, world_size):
     """Return what a step of SSDlite warns of; DDP says a thing once per process, and this process is new."""
     model = build_model(ModelSpec("ssdlite320_mobilenet_v3_large", 4)).train()
     use_channels_last(model)
-    model = distribute(model, CPU)
+    model = distribute(model)
     target = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -139,7 +140,7 @@ def _train_in_ddp(rank, world_size, names):
             model.roi_heads.fg_bg_sampler.batch_size_per_image = 8  # for the time
         for variant in ("static", "plain") if name in LIGHT else ("static",):
             bare = copy.deepcopy(model)
-            wrapped = distribute(bare, CPU) if variant == "static" else DistributedDataParallel(bare)
+            wrapped = distribute(bare) if variant == "static" else DistributedDataParallel(bare)
             optimizer = torch.optim.SGD(bare.parameters(), lr=1e-3)
             for step, empty_on in enumerate([[], [1], [0, 1]]):
                 torch.manual_seed(10 * step + rank)
@@ -159,6 +160,33 @@ def test_a_static_graph_holds_for_all_models_with_and_without_objects():
         assert first[f"{name} static"] == second[f"{name} static"], name
     for name in LIGHT:
         assert first[f"{name} static"] == first[f"{name} plain"], name
+
+
+class Keeping(nn.Module):
+    """Keeps what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images, targets):
+        self.images, self.targets = images, targets
+        return {"loss": self.weight.sum()}
+
+
+def test_batches_reach_the_model_in_ddp_as_they_are(tmp_path):
+    """With a device of its own DDP would move them, and hand lists and dicts of its own making on."""
+    targets = [{"image_id": 7, "boxes": torch.rand(2, 4), "labels": torch.tensor([1, 2])}]
+    batch = BatchTargets(targets, objects_of(targets))
+    images = [torch.rand(3, 4, 4)]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = distribute(Keeping())
+        sum(model(images, batch).values()).backward()
+        assert isinstance(model, DistributedDataParallel) and model.device_ids is None
+        assert model.module.targets is batch and model.module.images is images
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _share_buffers(rank, world_size):
