@@ -1,5 +1,6 @@
 """What a run keeps beside its weights: the best evaluation, averaged weights, validation losses, its plan."""
 
+import copy
 import datetime
 import json
 import logging
@@ -115,6 +116,49 @@ def test_the_average_follows_its_formula():
         assert average.model[0].weight.item() == pytest.approx(expected, rel=1e-6)
         assert int(average.model[1].num_batches_tracked) == updates
     assert not any(module.training for module in average.model.modules())
+
+
+def test_the_average_follows_tensors_that_were_replaced():
+    """Moving a model makes new buffers, loading with ``assign`` new parameters, a copy both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average, plain = WeightAverage(model, decay=0.5), copy.deepcopy(model)
+
+    def load(average):
+        weights = {name: value + 1 for name, value in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+        return average
+
+    def move(average):
+        for moved in (model, average.model, plain):
+            moved.double()
+        return average
+
+    def restore(average):
+        average.model.load_state_dict({k: v.clone() for k, v in plain.state_dict().items()}, assign=True)
+        return average
+
+    for updates, change in enumerate((lambda average: average, load, move, restore, copy.deepcopy, load), start=1):
+        average = change(average)
+        model(torch.randn(4, 2, dtype=model[0].weight.dtype))  # running statistics and their counter
+        average.update(model, updates)
+        kept = min(0.5, (1 + updates) / (10 + updates))
+        for name, value in plain.state_dict().items():
+            current = model.state_dict()[name]
+            value.copy_(torch.lerp(value, current, 1 - kept) if value.is_floating_point() else current)
+            assert torch.equal(average.model.state_dict()[name], value), (updates, name)
+
+
+def test_the_average_walks_through_the_models_once(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, decay=0.5)
+    average.update(model, 1)
+    before = average.model[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *args, **kwargs: pytest.fail("a walk"))
+    average.update(model, 2)
+    assert not torch.equal(average.model[0].weight, before)
 
 
 class LossModel(nn.Module):
