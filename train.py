@@ -41,7 +41,7 @@ from models.acceleration import (
     cut_masks_by_kernel,
     distribute,
     profile_steps,
-    typical_input,
+    typical_inputs,
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec
@@ -129,7 +129,7 @@ def main(
         if checkpoint is not None:
             state.restore(checkpoint)
         if args.compile:
-            compile_backbone(bare_model, typical_input(spec, sampler.batch_size, device), options.amp_dtype)
+            compile_backbone(bare_model, typical_inputs(spec, sampler.batch_size, device), options.amp_dtype)
         meet("are not ready for the first step yet")
         model = distribute(bare_model, args.accumulate)
 

@@ -27,7 +27,7 @@ from engine import train_one_epoch
 from group_by_aspect_ratio import GroupedBatchSampler
 from loading.loaders import build_train_loader
 from loading.splits import Source, load_data
-from models.acceleration import compile_backbone, typical_input, use_channels_last
+from models.acceleration import compile_backbone, typical_inputs, use_channels_last
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
 from models.batched_step import use_batched_step
 from models.box_precision import keep_boxes_float32
@@ -184,7 +184,7 @@ def measure(args, name, way, device, from_memory):
     if options.get("channels_last"):
         use_channels_last(model)
     if options.get("compile"):
-        compile_backbone(model, typical_input(spec, batch_size, device), amp_dtype)
+        compile_backbone(model, typical_inputs(spec, batch_size, device), amp_dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     optimizer = build_optimizer(model, "sgd", lr=1e-4, momentum=0.9, weight_decay=1e-4)

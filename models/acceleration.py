@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,37 @@ def use_channels_last(model: nn.Module) -> None:
             weight.data = weight.data.as_strided(weight.shape, (height * width, 1, width, 1))
 
 
-def typical_input(spec: ModelSpec, batch_size: int, device: torch.device) -> Tensor:
-    """Return an input for the backbone: float [batch_size, 3, H, W], a batch of 4:3 pictures after the resize."""
+def typical_inputs(spec: ModelSpec, batch_size: int, device: torch.device) -> list[Tensor]:
+    """Return inputs for the backbone: float [batch_size, 3, H, W], as batches are after the resize.
+
+    The first is that of 4:3 pictures. Where the model takes other shapes too, a smaller one and an upright one follow.
+    """
     if spec.architecture.fixed_size is not None:
-        height, width = spec.architecture.fixed_size
+        shapes = [spec.architecture.fixed_size]
     else:
         height = spec.min_size[-1] if spec.min_size else spec.architecture.min_size
         width = min(height * 4 // 3, spec.max_size or spec.architecture.max_size)
         height, width = (-(-side // 32) * 32 for side in (height, width))
-    return torch.zeros(batch_size, 3, height, width, device=device)
+        shapes = [
+            (height, width),
+            (max(32, height * 3 // 4 // 32 * 32), -(-width * 7 // 8 // 32) * 32),
+            (width, height),
+        ]
+    return [torch.zeros(batch_size, 3, *shape, device=device) for shape in shapes]
 
 
-def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype | None) -> bool:
+def compile_backbone(model: nn.Module, examples: Sequence[Tensor], amp_dtype: torch.dtype | None) -> bool:
     """Compile the backbone with its feature pyramid, in place, and log what that costs and gains.
 
     The rest of a detector breaks the graph dozens of times. Where compiling fails, for want of a C++ compiler for
     example, the backbone stays as it was and one line says why. Names in the state dict do not change.
 
+    The compiler meets a second and a third shape here: it then makes code for any shape, which would otherwise happen
+    in the middle of a step, inside DDP, where nothing catches a failure.
+
     Args:
         model: On its device, in training mode or not.
-        example: float [N, 3, H, W], see `typical_input`; other sizes are compiled when they come.
+        examples: float [N, 3, H, W] each, see `typical_inputs`; the first is timed.
         amp_dtype: Autocast to this type, or None.
 
     Returns:
@@ -64,7 +75,7 @@ def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype |
     backbone = model.get_submodule("backbone")
     buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
 
-    def seconds() -> float:
+    def seconds(example: Tensor = examples[0]) -> float:
         """Time one forward and backward."""
         if example.device.type == "cuda":
             torch.cuda.synchronize(example.device)
@@ -81,7 +92,7 @@ def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype |
         seconds()
         plain = min(seconds() for _ in range(COMPILE_TIMINGS))
         backbone.compile()
-        first = seconds()
+        first = sum(seconds(example) for example in examples)
         compiled = min(seconds() for _ in range(COMPILE_TIMINGS))
     except Exception as error:  # dynamo, inductor, Triton and the C++ compiler all have errors of their own
         backbone._compiled_call_impl = None
@@ -93,7 +104,7 @@ def compile_backbone(model: nn.Module, example: Tensor, amp_dtype: torch.dtype |
             buffer.copy_(buffers[name])
         backbone.zero_grad(set_to_none=True)
     text = "backbone compiled in %.0f s; forward and backward of %s take %.1f ms instead of %.1f ms (%.2fx)"
-    logger.info(text, first, list(example.shape), compiled * 1e3, plain * 1e3, plain / compiled)
+    logger.info(text, first, list(examples[0].shape), compiled * 1e3, plain * 1e3, plain / compiled)
     return True
 
 

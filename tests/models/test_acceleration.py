@@ -20,7 +20,7 @@ from models.acceleration import (
     cut_masks_by_kernel,
     distribute,
     profile_steps,
-    typical_input,
+    typical_inputs,
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
@@ -52,6 +52,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture
 def detector():
+    torch.compiler.reset()  # what one test has compiled belongs to the code, not to the object
     torch.manual_seed(0)
     return Detector().train()
 
@@ -63,7 +64,7 @@ def test_a_compiled_backbone_gives_the_same_and_leaves_no_trace(detector, caplog
     before = copy.deepcopy(detector.state_dict())
     images = torch.rand(2, 3, 16, 16)
     expected = copy.deepcopy(detector).backbone(images)["0"]
-    assert compile_backbone(detector, torch.zeros(2, 3, 16, 16), None)
+    assert compile_backbone(detector, [torch.zeros(2, 3, 16, 16)], None)
     assert "backbone compiled in" in caplog.text and "instead of" in caplog.text
     assert list(detector.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
@@ -77,7 +78,7 @@ def test_a_backbone_that_cannot_be_compiled_stays_as_it_was(detector, caplog, mo
 
     monkeypatch.setattr(nn.Module, "compile", fail)
     before = copy.deepcopy(detector.state_dict())
-    assert not compile_backbone(detector, torch.zeros(1, 3, 16, 16), None)
+    assert not compile_backbone(detector, [torch.zeros(1, 3, 16, 16)], None)
     assert "stays as it is: no C++ compiler" in caplog.text and "many more" not in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert detector.backbone(torch.rand(1, 3, 16, 16))["0"].shape == (1, 4, 14, 14)
@@ -109,15 +110,50 @@ def test_channels_last_depthwise_weights_give_no_warning_of_strides():
 
 
 @pytest.mark.parametrize(
-    ("spec", "shape"),
+    ("spec", "shapes"),
     [
-        (ModelSpec("ssd300_vgg16", 3), (2, 3, 300, 300)),
-        (ModelSpec("fcos_resnet50_fpn", 3), (2, 3, 800, 1088)),
-        (ModelSpec("fcos_resnet50_fpn", 3, min_size=(100, 200), max_size=240), (2, 3, 224, 256)),
+        (ModelSpec("ssd300_vgg16", 3), [(300, 300)]),
+        (ModelSpec("fcos_resnet50_fpn", 3), [(800, 1088), (576, 960), (1088, 800)]),
+        (ModelSpec("fcos_resnet50_fpn", 3, min_size=(100, 200), max_size=240), [(224, 256), (160, 224), (256, 224)]),
     ],
 )
-def test_the_typical_input_is_a_batch_after_the_models_resize(spec, shape):
-    assert typical_input(spec, 2, CPU).shape == shape
+def test_typical_inputs_are_batches_after_the_models_resize(spec, shapes):
+    assert [example.shape for example in typical_inputs(spec, 2, CPU)] == [(2, 3, *shape) for shape in shapes]
+
+
+@pytest.mark.slow
+def test_after_the_typical_inputs_no_shape_is_compiled_any_more(detector, monkeypatch):
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    examples = typical_inputs(ModelSpec("fcos_resnet50_fpn", 3, min_size=(100,)), 2, CPU)
+    assert compile_backbone(detector, examples, None)
+    count = len(compiled)
+    for shape in ((64, 160), (160, 64), (192, 224), (128, 128), (320, 96)):
+        detector.backbone(torch.zeros(2, 3, *shape))["0"].mean().backward()
+    assert len(compiled) == count >= 2
+
+
+def test_a_shape_that_cannot_be_compiled_leaves_the_backbone_as_it_was(detector, caplog, monkeypatch):
+    """The first shape compiles; without the others training would meet the failure."""
+
+    def backend(graph, example_inputs):
+        if any(isinstance(value, torch.SymInt) for value in example_inputs):
+            raise RuntimeError("no code for shapes that vary")
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    assert not compile_backbone(
+        detector, typical_inputs(ModelSpec("fcos_resnet50_fpn", 3, min_size=(64,)), 2, CPU), None
+    )
+    assert "stays as it is" in caplog.text
+    assert detector.backbone(torch.rand(1, 3, 16, 16))["0"].shape == (1, 4, 14, 14)
 
 
 def _targets(spec, empty):
