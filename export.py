@@ -46,9 +46,8 @@ from inference.compare_outputs import (
 from inference.picture_files import find_images, reject_or_batch
 from inference.trained_model import TrainedModel, load_trained_model, settle_brightness
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
-from loading.splits import DATASETS, find_coco_paths
+from loading.splits import Source
 from models.architectures import ModelSpec
-from pixels.image_files import is_picture_name, list_folder
 from pixels.images import BadImageError, read_image
 from utils import HelpFormatter, run_command, versions
 
@@ -162,20 +161,14 @@ def dataset_pictures(flags: Mapping[str, Any]) -> list[Path]:
 
     Where they were held out, they are some of all its pictures.
     """
-    kind = DATASETS.get(str(flags.get("dataset")))
-    if kind is None or not (kind.has_own_json or kind.has_coco_files):
-        return []
-    root = Path(str(flags.get("data_path")))
     role = "train" if flags.get("val_fraction") else "val"
-    folder = root / {"train": "train", "val": "test"}[role]
-    if kind.has_coco_files:
-        given = [flags.get(f"{role}_images"), flags.get(f"{role}_annotations")]
-        try:
-            folder = find_coco_paths(root, role, str(flags["dataset"]), *given).images
-        except OSError:
-            return []
-    names = sorted(filter(is_picture_name, list_folder(folder).files)) if folder.is_dir() else []
-    return [folder / name for name in names[:: max(1, len(names) // (2 * NUM_PICTURES))]]
+    paths = {role: (flags.get(f"{role}_images"), flags.get(f"{role}_annotations"))}
+    source = Source(str(flags.get("dataset")), Path(str(flags.get("data_path"))), paths=paths)
+    try:
+        pictures = source.kind.pictures(source, role)
+    except (KeyError, OSError, ValueError):
+        return []
+    return pictures[:: max(1, len(pictures) // (2 * NUM_PICTURES))]
 
 
 def load_pictures(paths: list[str] | None, trained: TrainedModel) -> list[Picture]:

@@ -30,8 +30,9 @@ from loading.samples import ImageFolder
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from loading.split import NoSplitError, Split, checked_split, implied_pairs, log_warnings
 from loading.split_checks import check_names, warn_of_alike_names, warn_of_overlap, warn_of_unused
-from loading.voc_dataset import load_voc_split
-from loading.yolo_dataset import load_yolo_split
+from loading.voc_dataset import load_voc_split, voc_pictures
+from loading.yolo_dataset import load_yolo_split, yolo_pictures
+from pixels.image_files import pictures_below
 from pixels.value_range import ValueRange
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class DatasetKind:
 
     Attributes:
         load: Reads a split from the source, the role, the class names and the options of `Source.load`.
+        pictures: Lists the pictures of a role without reading annotations; raises OSError or ValueError without any.
         has_coco_files: Whether a split is one annotation file and a folder of images, which flags may name.
         has_own_json: Whether every image has a json of its own, with boxes as corners.
         keeps_negatives: Whether images without objects are trained on unless ``--no-keep-negatives``.
@@ -205,6 +207,7 @@ class DatasetKind:
     """
 
     load: Callable[[Source, str, Sequence[str], dict[str, Any]], Split]
+    pictures: Callable[[Source, str], list[Path]]
     has_coco_files: bool = False
     has_own_json: bool = False
     keeps_negatives: bool = False
@@ -228,13 +231,26 @@ def _load_voc(source: Source, role: str, classes: Sequence[str], options: dict[s
     return load_voc_split(source.root, role, classes=classes, **options)
 
 
+def _coco_pictures(source: Source, role: str) -> list[Path]:
+    paths = find_coco_paths(source.root, role, source.dataset, *source.paths.get(role, (None, None)))
+    return pictures_below(paths.images)
+
+
+def _custom_pictures(source: Source, role: str) -> list[Path]:
+    return pictures_below(source.root / ("train" if role == "train" else "test"))
+
+
 DATASETS = {
-    "coco": DatasetKind(_load_coco, has_coco_files=True, tasks=("box", "mask")),
-    "coco_kp": DatasetKind(_load_coco, has_coco_files=True),
-    "custom": DatasetKind(_load_custom, has_own_json=True, keeps_negatives=True),
-    "yolo": DatasetKind(_load_yolo, keeps_negatives=True),
-    "voc": DatasetKind(_load_voc, keeps_negatives=True, tasks=("box",)),
-    "shapes": DatasetKind(lambda source, role, classes, options: load_shapes_split(role), keeps_negatives=True),
+    "coco": DatasetKind(_load_coco, _coco_pictures, has_coco_files=True, tasks=("box", "mask")),
+    "coco_kp": DatasetKind(_load_coco, _coco_pictures, has_coco_files=True),
+    "custom": DatasetKind(_load_custom, _custom_pictures, has_own_json=True, keeps_negatives=True),
+    "yolo": DatasetKind(_load_yolo, lambda source, role: yolo_pictures(source.root, role), keeps_negatives=True),
+    "voc": DatasetKind(
+        _load_voc, lambda source, role: voc_pictures(source.root, role), keeps_negatives=True, tasks=("box",)
+    ),
+    "shapes": DatasetKind(
+        lambda source, role, classes, options: load_shapes_split(role), lambda source, role: [], keeps_negatives=True
+    ),
 }
 
 

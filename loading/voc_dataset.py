@@ -81,6 +81,11 @@ def load_voc_split(
     )
 
 
+def voc_pictures(root: Path, role: str) -> list[Path]:
+    """Return the pictures of a split, sorted, without reading xmls; raises as `load_voc_split` does."""
+    return [picture for _, picture, _ in _find_pairs(root, find_list(root, role), Findings("skip"))]
+
+
 def find_list(root: Path, role: str) -> Path:
     """Return the file that lists the pictures of ``train`` or ``val``.
 

@@ -74,6 +74,13 @@ def load_yolo_split(
     return replace(split, unused=tuple(name for name in split.unused if name.rpartition("/")[0] in folders))
 
 
+def yolo_pictures(path: Path, role: str) -> list[Path]:
+    """Return the pictures of a split, sorted, without reading labels; raises as `load_yolo_split` does."""
+    return [
+        Path(picture) for picture in find_pictures(read_yolo_info(find_yaml(path)), role, Findings("skip")).pictures
+    ]
+
+
 @dataclass
 class FoundPictures:
     """The pictures of a split, sorted by path, and their labels.

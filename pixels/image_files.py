@@ -141,6 +141,11 @@ def folders_in(folder: Path) -> list[Path]:
         return []
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """Return the pictures of a folder by their names, sorted; empty where there is no such folder."""
+    return sorted(folder / name for name in list_folder(folder).files if is_picture_name(name))
+
+
 def result_folder(names: Sequence[str]) -> str | None:
     """Return the command that fills a folder with these names with its results, None for any other folder.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import export
 from helpers.drawn import draw_coco
+from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from helpers.shaken import drawn_images, shaken_checkpoint
 from inference.compare_outputs import Agreement, compare_outputs, pair_detections
 from inference.trained_model import load_trained_model
@@ -224,6 +226,23 @@ def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, c
     assert [name.replace("custom/test", "coco/val2017") for name in found] == names
     for gone in ({}, flags, {"dataset": "shapes", "data_path": str(root)}):
         assert names_with(gone)[0] == "drawn picture 0"
+
+
+def test_pictures_that_yolo_and_voc_list_are_compared(tmp_path, checkpoint):
+    trained = load_trained_model(checkpoint)
+    splits = same_classes(read_splits(draw_coco(tmp_path / "coco"), crowds=False))
+    yolo, voc = write_yolo(tmp_path / "yolo", splits), write_voc(tmp_path / "voc", splits)
+    (voc / "ImageSets/Main/val.txt").write_text("val_000002\n")
+    for dataset, path, expected in (
+        ("yolo", yolo, sorted((tmp_path / "yolo/images/val").iterdir())),
+        ("voc", voc, [voc / "JPEGImages/val_000002.png"]),
+    ):
+        flags = {"dataset": dataset, "data_path": str(path)}
+        found = export.load_pictures(None, dataclasses.replace(trained, flags=flags))
+        assert [name for name, _ in found[:-1]] == list(map(str, expected))[: export.NUM_PICTURES]
+        shutil.move(path, tmp_path / "gone")
+        assert export.dataset_pictures(flags) == []
+        shutil.move(tmp_path / "gone", path)
 
 
 @pytest.mark.slow
