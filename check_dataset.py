@@ -85,6 +85,7 @@ def build_training(args: argparse.Namespace, data: Data) -> tuple[ModelSpec, Dev
         copy_paste=args.use_copypaste,
         group_factor=args.aspect_ratio_group_factor,
         keep_negatives=keeps_negatives(args),
+        repeat_threshold=args.repeat_threshold,
     )
     return spec, loader
 

@@ -79,6 +79,8 @@ def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: must not be negative")
+    if args.repeat_threshold is not None and not 0 < args.repeat_threshold <= 1:
+        parser.error(f"--repeat-threshold {args.repeat_threshold}: expected a share above 0, up to 1, such as 0.05")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         parser.error(f"--val-fraction {args.val_fraction}: expected a share between 0 and 1, such as 0.2")
     for name in ("min_size", "max_size"):

@@ -92,6 +92,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="train on images without objects too; default: for all but coco and coco_kp"
     )  # fmt: skip
     group.add_argument(
+        "--repeat-threshold", type=float, metavar="SHARE",
+        help="train more often on pictures with classes that fewer than this share of the pictures show: "
+        "sqrt(SHARE / their share) times per epoch, as for LVIS, where 0.001 is usual"
+    )  # fmt: skip
+    group.add_argument(
         "--on-bad-data", default="error", choices=ON_BAD_DATA, help="stop at faulty objects and images, or skip them"
     )
     group.add_argument(

@@ -17,6 +17,9 @@ from utils import seeded_numpy_rng
 
 logger = logging.getLogger(__name__)
 
+# Repeat factors are counted in such units: their sums are exact, in whatever order they are added.
+ONE = 1 << 32
+
 # Images of one group are sorted by aspect ratio inside windows of so many batches: less padding, and still
 # about as random as without.
 SORT_WINDOW = 64
@@ -45,14 +48,18 @@ def format_groups(groups: np.ndarray, k: int) -> str:
     return "aspect ratio (width / height) groups: " + ", ".join(parts)
 
 
-class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
+class GroupedBatchSampler(Sampler[list[tuple[int, ...]]]):
     """Batches of images of similar shape; each item is (epoch, index), so that a worker can seed the sample.
+
+    With ``repeats`` an image may come several times in an epoch; its items after the first are (epoch, index, k), for
+    the k-th time again. Image i comes ``repeats[i]`` times, and where that is no whole number once more in so many
+    epochs as its fraction says.
 
     Every epoch is shuffled, split by group, sorted by aspect ratio inside windows of `SORT_WINDOW` batches and
     cut into batches, which are shuffled again. What is left of each group fills batches together with the
-    groups next to it. Only the last ``N % batch_size`` images of the shuffled list are left out, others
-    in every epoch. All processes get the same number of batches: where the list does not divide, the last step
-    repeats batches with a weight of 0, see `weight`.
+    groups next to it. Only the last ``N % batch_size`` images of the shuffled list are left out, others in every epoch
+    (with ``repeats`` of the list's own length, and one more at the most). All processes get the same number of batches:
+    where the list does not divide, the last step repeats batches with a weight of 0, see `weight`.
 
     Args:
         heights: int [N].
@@ -61,6 +68,7 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: Images per batch and process. With fewer images than ``batch_size * world_size`` it is
             reduced so that every process has a batch.
         seed: The run's random seed; with the epoch it gives the order of the images.
+        repeats: float64 [N], how often each image comes in an epoch, on average, at least 1; None: once.
         rank: Number of this process, from 0.
         world_size: Number of processes.
 
@@ -76,6 +84,7 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         group_factor: int,
         batch_size: int,
         seed: int,
+        repeats: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -96,14 +105,17 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
                 *(num_images, batch_size, world_size, self.batch_size),
             )
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.num_batches = num_images // self.batch_size
+        self.repeats = np.full(num_images, ONE) if repeats is None else np.round(repeats * ONE).astype(np.int64)
+        # The same in every epoch: the learning rate counts updates per epoch, a checkpoint the batches that are done.
+        self.num_batches = int(self.repeats.sum()) // ONE // self.batch_size
         self.set_epoch(0)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what the order of the batches follows from, as plain values; processes do not matter."""
         shapes = hashlib.sha256(self.ratios.tobytes()).hexdigest()[:16]
         sizes = {"training images": len(self.ratios), "batch size": self.batch_size, "seed": self.seed}
-        return {**sizes, "groups": self.group_factor, "shapes of the images": shapes}
+        repeats = hashlib.sha256(self.repeats.tobytes()).hexdigest()[:16] if (self.repeats != ONE).any() else None
+        return {**sizes, "groups": self.group_factor, "shapes of the images": shapes, "repeat factors": repeats}
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and how many batches of its global list are done already."""
@@ -113,11 +125,13 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         """Return the number of batches that this process still has in the epoch."""
         return -(-(self.num_batches - self.first_batch) // self.world_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield this process's batches as lists of (epoch, index)."""
-        batches = self.epoch_batches(self.epoch)
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        """Yield this process's batches as lists of (epoch, index) and (epoch, index, k)."""
+        batches, times = self._make_epoch(self.epoch)
         for step in range(len(self)):
-            yield [(self.epoch, int(i)) for i in batches[self.batch_number(step) % self.num_batches]]
+            number = self.batch_number(step) % self.num_batches
+            items = zip(batches[number].tolist(), times[number].tolist())
+            yield [(self.epoch, index, k) if k else (self.epoch, index) for index, k in items]
 
     def batch_number(self, step: int) -> int:
         """Return which batch of the global list this process has in ``step``; past its end where it repeats one."""
@@ -140,9 +154,29 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """Return the global list of an epoch, int64 [num_batches, batch_size]."""
+        return self._make_epoch(epoch)[0]
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images of an epoch, sorted, and for the how many-th time each comes, both int64 [D].
+
+        The fractions are laid end to end in an order of the epoch's own, and an image comes once more where its piece
+        holds a mark; marks are 1 apart and begin at random. So the probability is the fraction itself, and the number
+        of marks is the sum of the fractions, up or down: epochs differ by one image, which the last batch leaves out.
+        """
+        rng = seeded_numpy_rng(self.seed, "repeats", epoch)
+        order = rng.permutation(len(self.repeats))
+        times, fractions = np.divmod(self.repeats, ONE)
+        ends = rng.integers(ONE) + np.cumsum(fractions[order])
+        times[order] += np.diff(ends // ONE, prepend=0)
+        images = np.repeat(np.arange(len(times)), times)
+        return images, np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the global list of an epoch and for the how many-th time each image comes, from 0."""
         rng = seeded_numpy_rng(self.seed, "order", epoch)
-        order = rng.permutation(len(self.groups))[: self.num_batches * self.batch_size]
-        groups = self.groups[order]
+        images, times = self._draw(epoch)
+        order = rng.permutation(len(images))[: self.num_batches * self.batch_size]
+        groups = self.groups[images[order]]
         by_group = np.argsort(groups, kind="stable")
         order, groups = order[by_group], groups[by_group]
 
@@ -152,9 +186,12 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         rest, full = order[~in_full_batch], order[in_full_batch]
         if self.sorts:
             window = place[in_full_batch] // (SORT_WINDOW * self.batch_size)
-            full = full[np.lexsort((self.ratios[full], window, groups[in_full_batch]))]
+            # An image that comes again has the ratio of the first: sorted by it alone they would fill a batch together.
+            keys = (self.ratios[images[full]], times[full], window, groups[in_full_batch])
+            full = full[np.lexsort(keys)]
         batches = np.concatenate([full, rest]).reshape(self.num_batches, self.batch_size)
-        return batches[rng.permutation(self.num_batches)]
+        batches = batches[rng.permutation(self.num_batches)]
+        return images[batches], times[batches]
 
 
 class EvalBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -286,6 +286,7 @@ def build_batches(
         copy_paste=args.use_copypaste,
         group_factor=args.aspect_ratio_group_factor,
         keep_negatives=keeps_negatives(args),
+        repeat_threshold=args.repeat_threshold,
     )
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler, format_groups
 from loading.collate import PackedBatch, SharedCollate, Targets, collate_fn, unpack
 from loading.copy_paste import CopyPaste
+from loading.repeats import find_repeats
 from loading.samples import DetectionDataset
 from loading.shared_memory import SLOT_BYTES, SharedSlots
 from loading.splits import Data
@@ -38,7 +40,7 @@ class DeviceLoader:
 
     Args:
         dataset: What to load.
-        batch_sampler: Yields lists of (epoch, index).
+        batch_sampler: Yields lists of items of the dataset.
         workers: Worker processes; 0 loads in this one.
         device: Where batches go.
         collate: `collate_fn`, or one that mixes samples first.
@@ -47,7 +49,7 @@ class DeviceLoader:
     def __init__(
         self,
         dataset: DetectionDataset,
-        batch_sampler: Sampler[list[tuple[int, int]]],
+        batch_sampler: Sampler[list[tuple[int, int]]] | Sampler[list[tuple[int, ...]]],
         *,
         workers: int,
         device: torch.device,
@@ -158,6 +160,7 @@ def build_train_loader(
     copy_paste: bool = False,
     group_factor: int = 3,
     keep_negatives: bool = False,
+    repeat_threshold: float | None = None,
 ) -> tuple[DeviceLoader, GroupedBatchSampler]:
     """Build dataset, loader and batch sampler for training.
 
@@ -172,10 +175,12 @@ def build_train_loader(
         copy_paste: Paste objects between the images of a batch.
         group_factor: k of the aspect-ratio groups.
         keep_negatives: Train on images without objects too.
+        repeat_threshold: Draw images with classes rarer than this several times per epoch, see `loading.repeats`.
 
     Raises:
         ValueError: No object is left, or fewer images than processes.
     """
+    assert data.train is not None
     dataset = _build_train_dataset(
         data,
         spec,
@@ -184,12 +189,18 @@ def build_train_loader(
         keep_negatives=keep_negatives,
         resize_on_device=distributed.device.type == "cuda" and PRESETS[augmentation].on_device and not copy_paste,
     )
+    repeats = None
+    if repeat_threshold is not None:
+        repeats = find_repeats(data.train, data.label_map, spec, dataset.indices, repeat_threshold).of_picture
+        text = "an epoch draws %.0f pictures of %d: --repeat-threshold %g repeats %d with rare classes"
+        logger.info(text, repeats.sum(), len(repeats), repeat_threshold, np.count_nonzero(repeats > 1))
     sampler = GroupedBatchSampler(
         dataset.heights,
         dataset.widths,
         group_factor=group_factor,
         batch_size=batch_size,
         seed=seed,
+        repeats=repeats,
         rank=distributed.rank,
         world_size=distributed.world_size,
     )

@@ -77,8 +77,8 @@ class Sample:
 class DetectionDataset(Dataset[Sample]):
     """Images and targets of one split.
 
-    An item is asked for as (epoch, index); its augmentation is a function of (seed, epoch, index) alone,
-    whatever worker or process makes it.
+    An item is asked for as (epoch, index), or (epoch, index, k) where an epoch has it for the k-th time again; its
+    augmentation is a function of these and the seed alone, whatever worker or process makes it.
 
     Args:
         annotations: All images of the split with their objects, whether they belong to the dataset or not.
@@ -135,19 +135,19 @@ class DetectionDataset(Dataset[Sample]):
         i = self.indices[index]
         return int(self.annotations.heights[i]), int(self.annotations.widths[i])
 
-    def __getitem__(self, item: tuple[int, int] | int) -> Sample:
+    def __getitem__(self, item: tuple[int, ...] | int) -> Sample:
         """Return a sample; a plain index means epoch 0.
 
         Raises:
             BadImageError: The image cannot be decoded; the text names the file.
         """
-        epoch, index = item if isinstance(item, tuple) else (0, item)
+        epoch, index, *again = item if isinstance(item, tuple) else (0, item)
         i = int(self.indices[index])
         pixels = self.images.read(self.annotations, i)
         image_id = int(self.annotations.image_ids[i])
         if not self.with_targets:
             return Sample(pixels, None, {"image_id": image_id})
-        with seeded_cpu_rng(self.seed, "sample", epoch, image_id):
+        with seeded_cpu_rng(self.seed, "sample", epoch, image_id, *again):
             return self._make_sample(pixels, i, image_id)
 
     def _make_sample(self, pixels: np.ndarray, i: int, image_id: int) -> Sample:

@@ -148,17 +148,9 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     """
     annotations = split.annotations
     image_of = annotations.object_images()
-    boxes = clipped_boxes(annotations, image_of, slice(None))
-    sides = boxes[:, 2:] - boxes[:, :2]
-    is_usable, is_used = (np.isin(np.arange(len(annotations)), chosen) for chosen in (split.indices, images))
     is_member = split.is_member()[image_of]
-    is_empty = (sides < MIN_BOX_SIDE).any(axis=1)
-    largest = max(short_sides(spec))
-    scales = np.stack(resize_scales(annotations.heights, annotations.widths, spec, short_side=largest), axis=1)
-    is_known = np.isin(annotations.category_ids, label_map.category_ids)
-    vanishes = (sides * scales[image_of] < 1).any(axis=1)
-    excluded = [annotations.is_crowd, is_empty, ~is_known, vanishes, ~is_usable[image_of], ~is_used[image_of]]
-    reason = np.select(excluded, range(len(REASONS)), default=len(REASONS))
+    is_empty = _is_empty(annotations)
+    reason = _reasons(split, label_map, spec, images)
     ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
     cells = reason * len(ids) + np.searchsorted(ids, annotations.category_ids)
     table = np.bincount(cells[is_member], minlength=(len(REASONS) + 1) * len(ids)).reshape(-1, len(ids))
@@ -175,6 +167,32 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
         int((normalised & has_box).sum()),
         bool((annotations.keypoints[empty_ones, :, 2] > 0).any()),
     )
+
+
+def is_trained_on(split: Split, label_map: LabelMap, spec: ModelSpec, images: np.ndarray) -> np.ndarray:
+    """Return which objects are trained on, bool [N]; the arguments are those of `count_trainable`."""
+    return _reasons(split, label_map, spec, images) == len(REASONS)
+
+
+def _reasons(split: Split, label_map: LabelMap, spec: ModelSpec, images: np.ndarray) -> np.ndarray:
+    """Return which of `REASONS` leaves each object out, int64 [N]; their number for one that is trained on."""
+    annotations = split.annotations
+    image_of = annotations.object_images()
+    boxes = clipped_boxes(annotations, image_of, slice(None))
+    is_usable, is_used = (np.isin(np.arange(len(annotations)), chosen) for chosen in (split.indices, images))
+    largest = max(short_sides(spec))
+    scales = np.stack(resize_scales(annotations.heights, annotations.widths, spec, short_side=largest), axis=1)
+    is_known = np.isin(annotations.category_ids, label_map.category_ids)
+    vanishes = ((boxes[:, 2:] - boxes[:, :2]) * scales[image_of] < 1).any(axis=1)
+    is_empty = _is_empty(annotations)
+    excluded = [annotations.is_crowd, is_empty, ~is_known, vanishes, ~is_usable[image_of], ~is_used[image_of]]
+    return np.select(excluded, range(len(REASONS)), default=len(REASONS))
+
+
+def _is_empty(annotations: Annotations) -> np.ndarray:
+    """Return which objects have a box without an inside, bool [N]."""
+    boxes = clipped_boxes(annotations, annotations.object_images(), slice(None))
+    return (boxes[:, 2:] - boxes[:, :2] < MIN_BOX_SIDE).any(axis=1)
 
 
 def vanishing_images(annotations: Annotations, spec: ModelSpec) -> np.ndarray:

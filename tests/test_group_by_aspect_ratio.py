@@ -1,6 +1,7 @@
 """Batches: same bins as the reference, equal numbers on every process, nothing lost or repeated."""
 
 import bisect
+import hashlib
 
 import numpy as np
 import pytest
@@ -143,6 +144,74 @@ def test_fewer_images_than_a_batch_make_one_batch_of_all():
     assert sorted(indices(sampler)) == list(range(5))
     pair = samplers(heights, widths, 2, batch_size=8)
     assert [sampler.batch_size for sampler in pair] == [2, 2]
+
+
+def repeated(num_images=60, seed=0):
+    """Return sizes and repeat factors: most images come once, some up to five times, mostly not a whole number."""
+    factors = np.where(np.arange(num_images) % 3 == 0, np.random.default_rng(seed).uniform(1, 5, num_images), 1.0)
+    factors[3] = 3.0
+    return *random_sizes(num_images, seed), factors
+
+
+def items_of(group):
+    """Return the items of an epoch over all processes, repeated batches left out."""
+    return [item for s in group for step, batch in enumerate(s) if s.weight(step) > 0 for item in batch]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("factor", [-1, 3])
+def test_an_image_comes_as_often_as_its_factor_says(world_size, factor):
+    heights, widths, factors = repeated()
+    group = samplers(heights, widths, world_size, group_factor=factor, repeats=factors)
+    counts = np.zeros((600, len(factors)))
+    for epoch in range(len(counts)):
+        for sampler in group:
+            sampler.set_epoch(epoch)
+        items = items_of(group)
+        assert len(items) == 2 * group[0].num_batches and group[0].num_batches == int(factors.sum()) // 2
+        assert len(set(items)) == len(items)
+        np.add.at(counts[epoch], [index for _, index, *_ in items], 1)
+    assert (counts <= np.ceil(factors)).all()
+    # Left out are an odd image, and one that some epochs draw beyond the sum of the factors.
+    assert (np.maximum(np.floor(factors) - counts, 0).sum(axis=1) <= 2).all()
+    left_out = (factors.sum() - 2 * group[0].num_batches) / factors.sum()
+    error = counts.mean(axis=0) - factors * (1 - left_out)
+    assert np.abs(error).max() < 4 * np.sqrt((0.25 + 0.02 * 5) / len(counts)) and abs(error.mean()) < 0.01
+
+
+def test_the_items_of_an_image_that_comes_again_are_numbered():
+    heights, widths, factors = repeated()
+    (sampler,) = samplers(heights, widths, 1, batch_size=1, repeats=factors)
+    items = sorted(item for batch in sampler for item in batch if item[1] == 3)
+    assert items == [(0, 3), (0, 3, 1), (0, 3, 2)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_another_number_of_processes_loses_and_repeats_no_image_beyond_its_factor(before, after):
+    heights, widths, factors = repeated()
+    reference = items_of(samplers(heights, widths, 1, repeats=factors))
+    first, rest = (samplers(heights, widths, world, repeats=factors) for world in (before, after))
+    done = [item for sampler in first for batch in list(sampler)[:9] for item in batch]
+    for sampler in rest:
+        sampler.set_epoch(0, first[0].done_after(9))
+    assert sorted(done + items_of(rest)) == sorted(reference)
+
+
+def test_factors_of_one_change_nothing_and_the_order_is_that_of_earlier_checkpoints():
+    heights, widths = random_sizes(101)
+    (plain,), (ones,) = (samplers(heights, widths, 1, repeats=repeats) for repeats in (None, np.ones(101)))
+    assert list(plain) == list(ones) and plain.to_plain() == ones.to_plain()
+    digest = hashlib.sha256(plain.epoch_batches(7).astype("<i8").tobytes()).hexdigest()
+    assert digest[:16] == "c44d25a1f0b6cf81"
+    (other,) = samplers(heights, widths, 1, repeats=np.full(101, 1.01))
+    assert other.to_plain() != plain.to_plain()
+
+
+def test_an_image_that_comes_again_fills_no_batch_with_itself():
+    heights, widths, factors = repeated(200)
+    (sampler,) = samplers(heights, widths, 1, batch_size=4, repeats=factors)
+    different = [len(set(batch)) for epoch in range(20) for batch in sampler.epoch_batches(epoch).tolist()]
+    assert np.mean(np.array(different) == 4) > 0.9
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2, 7, 10])

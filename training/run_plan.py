@@ -17,6 +17,7 @@ from group_by_aspect_ratio import GroupedBatchSampler
 from loading.collate import unpack
 from loading.holdout import count_classes
 from loading.loaders import DeviceLoader
+from loading.repeats import find_repeats
 from loading.trainable import Trainable, count_trainable
 from models.architectures import ModelSpec
 from models.resize import resize_scales, short_sides
@@ -86,6 +87,7 @@ class Plan:
             "split": self._split(),
             "objects": trainable.format_counts(),
             "classes": self._classes(trainable),
+            "repeats": self._repeats(),
             "batches": self._batches(),
             "rate": format_rate(self.learning_rate),
             "model": self._model(),
@@ -121,6 +123,17 @@ class Plan:
         names = [name for _, name in trainable.categories]
         rows = [f"{name} {count}" for name, count in zip(names, trainable.counts.tolist())]
         return f"{len(rows)} with {trainable.num_objects} objects: {first_and_last(rows, trainable.counts)}"
+
+    def _repeats(self) -> str:
+        threshold = self.state.flags.get("repeat_threshold")
+        if threshold is None:
+            return ""
+        data, images = self.state.data, self.loader.dataset.indices
+        assert data.train is not None
+        found = find_repeats(data.train, data.label_map, self.state.spec, images, threshold)
+        rows = found.format_rows([name for _, name in data.train.annotations.categories])
+        what = f"{found.of_picture.sum():.0f} pictures drawn per epoch of {len(images)}"
+        return f"{what}; those with each class: {first_and_last(rows, found.pictures)}"
 
     def _batches(self) -> str:
         sampler = self.sampler

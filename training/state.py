@@ -116,7 +116,8 @@ class TrainingState:
 
     def _check_order(self, content: dict[str, Any]) -> None:
         """Refuse to go on inside an epoch whose list of batches is another one."""
-        order, batches = content.get("order", {}), content["progress"]["batches"]
+        order = {"repeat factors": None, **content.get("order", {})}  # older checkpoints had none
+        batches = content["progress"]["batches"]
         others = [f"{name} {order[name]}, now {now}" for name, now in self.order.items() if order.get(name, now) != now]
         if batches and others:
             raise CheckpointError(
