@@ -27,32 +27,33 @@ class Slots(NamedTuple):
     most_positives: int
 
 
-def draw_keys(labels: Tensor) -> Tensor:
+def draw_keys(matches: Tensor) -> Tensor:
     """Return a random key in [0, 1) for each candidate, float32 [B, N]; the highest are drawn."""
-    return torch.rand(labels.shape, device=labels.device)
+    return torch.rand(matches.shape, device=matches.device)
 
 
 @torch.no_grad()
-def draw_slots(labels: Tensor, sampler: BalancedPositiveNegativeSampler) -> Slots:
+def draw_slots(matches: Tensor, sampler: BalancedPositiveNegativeSampler) -> Slots:
     """Draw candidates as `BalancedPositiveNegativeSampler` does, without reading how many there are.
 
     Of each picture ``positive_fraction`` of ``batch_size_per_image`` positives, or all where there are fewer; the rest
     are negatives, or all of them. All sets of candidates are equally likely, but for keys that are equal to 24 bits.
 
     Args:
-        labels: [B, N]: 1 or more for positives, 0 for negatives, less for what must not be drawn.
-        sampler: Whose numbers count.
+        matches: int64 [B, N], see `models.batched_matching.match`: 0 or more for positives, -1 for negatives, less for
+            what must not be drawn.
+        sampler: Says how many are wanted.
     """
-    most_positives = min(int(sampler.batch_size_per_image * sampler.positive_fraction), labels.shape[1])
-    most_negatives = min(sampler.batch_size_per_image, labels.shape[1])
-    keys = draw_keys(labels)
+    most_positives = min(int(sampler.batch_size_per_image * sampler.positive_fraction), matches.shape[1])
+    most_negatives = min(sampler.batch_size_per_image, matches.shape[1])
+    keys = draw_keys(matches)
     # masked_fill, not where: where would copy its number to the device and wait for that.
-    positive_keys, positives = keys.masked_fill(labels < 1, -1.0).topk(most_positives, dim=1)
-    negative_keys, negatives = keys.masked_fill_(labels != 0, -1.0).topk(most_negatives, dim=1)
+    positive_keys, positives = keys.masked_fill(matches < 0, -1.0).topk(most_positives, dim=1)
+    negative_keys, negatives = keys.masked_fill_(matches != -1, -1.0).topk(most_negatives, dim=1)
     num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
     num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
 
-    slots = torch.arange(min(sampler.batch_size_per_image, most_positives + most_negatives), device=labels.device)
+    slots = torch.arange(min(sampler.batch_size_per_image, most_positives + most_negatives), device=matches.device)
     is_positive = slots < num_positives
     is_drawn = slots < num_positives + num_negatives
     drawn = torch.cat([positives, negatives], dim=1)  # negatives begin at most_positives: the gap is left out

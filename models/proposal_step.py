@@ -85,7 +85,7 @@ class BatchedRPN(RegionProposalNetwork):
         is_out = ~(is_large & (scores >= self.score_thresh))
         scores = scores.masked_fill_(is_out, -1.0)
         boxes = boxes.masked_fill_(is_out[..., None], 0.0)
-        kept = kept_by_nms(boxes, scores, counts, self.nms_thresh)
+        kept = kept_by_nms(boxes, scores, counts, self.nms_thresh, max(images.tensors.shape[-2:]))
         # By their scores again, because nms gives pictures or levels one after the other; equal ones as torchvision's.
         is_suppressed = torch.ones_like(is_out).view(-1).index_fill_(0, kept, False).view_as(is_out)
         scores, order = scores.masked_fill_(is_suppressed, -1.0).sort(dim=1, descending=True, stable=True)
@@ -105,8 +105,7 @@ class BatchedRPN(RegionProposalNetwork):
             loss_objectness and loss_rpn_box_reg, float32 scalars.
         """
         matches = match(objects, anchors, self.proposal_matcher)
-        # 0.. is an object's place, -1 background, -2 between the thresholds.
-        slots = draw_slots((matches + 1).clamp_(max=1), self.fg_bg_sampler)
+        slots = draw_slots(matches, self.fg_bg_sampler)
         count = slots.is_drawn.sum()
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness.gather(1, slots.candidates),
@@ -118,8 +117,9 @@ class BatchedRPN(RegionProposalNetwork):
         is_positive = slots.is_positive[:, : slots.most_positives, None]
         moved = anchors[positives]
         boxes = torch.where(is_positive, of_matched(objects.boxes, matches.gather(1, positives)), moved)
-        wanted = encode_boxes(boxes, moved, self.box_coder.weights)  # 0 where there is no positive
-        given = codes.gather(1, positives[..., None].expand(-1, -1, 4)).masked_fill(~is_positive, 0.0)
+        wanted = encode_boxes(boxes, moved, self.box_coder.weights)
+        # Where there is no positive nothing is wrong, and no gradient: not even by a number times 0, which may be none.
+        given = torch.where(is_positive, codes.gather(1, positives[..., None].expand(-1, -1, 4)), wanted)
         box_loss = F.smooth_l1_loss(given, wanted, beta=SMOOTH_L1_BETA, reduction="sum")
         return {"loss_objectness": objectness_loss / count, "loss_rpn_box_reg": box_loss / count}
 
@@ -152,14 +152,15 @@ def calls_nms_once(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def kept_by_nms(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float) -> Tensor:
+def kept_by_nms(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold: float, side: int) -> Tensor:
     """Return which boxes no better box of the same picture and level overlaps: `batched_nms` for a batch.
 
     Args:
-        boxes: float32 [B, K, 4], xyxy, not negative.
+        boxes: float32 [B, K, 4], xyxy, from 0 to ``side``.
         scores: float32 [B, K].
         level_sizes: Boxes of each level, one level after the other; their sum is K.
         threshold: IoU above which a box is left out.
+        side: The longer side of the batch.
 
     Returns:
         int64, numbers in the flattened [B * K], in no particular order.
@@ -177,10 +178,9 @@ def kept_by_nms(boxes: Tensor, scores: Tensor, level_sizes: list[int], threshold
 
     # Boxes are moved apart: pictures to the right, levels down, which keeps coordinates small and so their rounding.
     step = max(1, MOST_BOXES_OF_NMS // num_boxes)
-    apart = boxes.amax() + 1  # stays on the device
     across = torch.arange(num_pictures, device=boxes.device).remainder_(step)[:, None].expand_as(scores)
     down = spread(tuple(range(len(level_sizes))), tuple(level_sizes), boxes.device).expand_as(scores)
-    moved = boxes + torch.stack([across, down, across, down], dim=-1) * apart
+    moved = boxes + torch.stack([across, down, across, down], dim=-1) * (side + 1)
     kept = []
     for first in range(0, num_pictures, step):
         part = slice(first, first + step)

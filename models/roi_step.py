@@ -18,6 +18,9 @@ from models.object_block import ObjectBlock
 from models.proposal_step import SMOOTH_L1_BETA
 from models.roi_targets import keypoint_loss, mask_loss, mask_targets
 
+# What the matcher does not say: an empty place, which must not be drawn.
+NO_CANDIDATE = -3
+
 
 class Candidates(NamedTuple):
     """Drawn candidates of B pictures in S slots each: positives first, then negatives, then empty slots.
@@ -25,7 +28,7 @@ class Candidates(NamedTuple):
     Attributes:
         boxes: float32 [B, S, 4], xyxy in pixels of the batch.
         labels: int64 [B, S], classes to be predicted; 0 is background.
-        places: int64 [B, S], which of its picture's objects a candidate stands for; 0 for background.
+        places: int64 [B, S], which of its picture's objects a positive stands for; less than 0 for background.
         is_positive: bool [B, S].
         is_drawn: bool [B, S], False in empty slots, whose numbers mean nothing.
     """
@@ -98,9 +101,8 @@ class BatchedRoIHeads(RoIHeads):
         boxes = torch.cat([boxes, objects.boxes], dim=1)
         is_candidate = torch.cat([is_proposal, objects.is_object], dim=1)
         matches = match(objects, boxes, self.proposal_matcher)
-        labels = (matches + 1).clamp_(max=1).masked_fill_(~is_candidate, -1)
-        slots = draw_slots(labels, self.fg_bg_sampler)
-        places = matches.gather(1, slots.candidates).clamp_(min=0)
+        slots = draw_slots(matches.masked_fill(~is_candidate, NO_CANDIDATE), self.fg_bg_sampler)
+        places = matches.gather(1, slots.candidates)
         return Candidates(
             boxes.gather(1, slots.candidates[..., None].expand(-1, -1, 4)),
             of_matched(objects.labels, places) * slots.is_positive,
@@ -130,7 +132,7 @@ class BatchedRoIHeads(RoIHeads):
         is_positive = (labels > 0)[:, None]
         wanted = encode_boxes(torch.where(is_positive, object_boxes, boxes), boxes, self.box_coder.weights)
         index = labels[:, None, None].expand(-1, 1, 4)
-        given = codes.view(len(codes), -1, 4).gather(1, index)[:, 0].masked_fill(~is_positive, 0.0)
+        given = torch.where(is_positive, codes.view(len(codes), -1, 4).gather(1, index)[:, 0], wanted)
         box_loss = F.smooth_l1_loss(given, wanted, beta=SMOOTH_L1_BETA, reduction="sum") / len(labels)
         return {"loss_classifier": F.cross_entropy(logits, labels), "loss_box_reg": box_loss}
 

@@ -64,7 +64,7 @@ def keypoint_loss(logits: Tensor, boxes: Tensor, keypoints: Tensor) -> Tensor:
     points = keypoints[..., :2]
     cells = ((points - corners) * (size / (ends - corners))).floor()
     cells = cells.masked_fill(points == ends, size - 1)  # the far edges belong to the last cells
-    is_learnt = ((cells >= 0) & (cells < size)).all(dim=-1) & (keypoints[..., 2] > 0)
+    is_learnt = (cells == cells.clamp(0, size - 1)).all(dim=-1) & (keypoints[..., 2] > 0)
     targets = (cells[..., 1] * size + cells[..., 0]).long().masked_fill(~is_learnt, NOT_LEARNT)
     losses = F.cross_entropy(
         logits.flatten(0, 1).flatten(1), targets.flatten(), ignore_index=NOT_LEARNT, reduction="sum"

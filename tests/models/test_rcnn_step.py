@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from helpers.batches import make_batch
 from helpers.thin import build_thin_model
 from models import batched_sampling, roi_step
 from models.architectures import ModelSpec
 from models.batched_pictures import BatchedTransform
-from models.object_block import objects_of
 from models.rcnn_step import BATCHED_RCNN
 
 MODELS = {"box": "fasterrcnn_resnet50_fpn", "mask": "maskrcnn_resnet50_fpn", "keypoint": "keypointrcnn_resnet50_fpn"}
