@@ -7,6 +7,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from models.batched_pictures import BatchedTransform
 from models.one_stage_step import BatchedFCOS, BatchedRetinaNet, BatchedSSD
+from models.rcnn_step import BATCHED_RCNN
 
 # torchvision's class, and ours that trains in its place.
 BATCHED: dict[type[nn.Module], type[nn.Module]] = {
@@ -14,13 +15,15 @@ BATCHED: dict[type[nn.Module], type[nn.Module]] = {
     RetinaNet: BatchedRetinaNet,
     FCOS: BatchedFCOS,
     SSD: BatchedSSD,
+    **BATCHED_RCNN,
 }
 
 
 def use_batched_step(model: nn.Module) -> None:
     """Let a detector do in training for the whole batch what torchvision does picture by picture.
 
-    Losses and gradients are torchvision's to rounding. Weights, state dict and evaluation stay as they are.
+    Losses and gradients are torchvision's to rounding, those of R-CNNs where the same samples are drawn. Weights, state
+    dict and evaluation stay as they are.
 
     Args:
         model: One of torchvision's detectors. Its classes are replaced in place, which copies and pickles keep.

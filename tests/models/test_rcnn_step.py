@@ -4,14 +4,12 @@ import copy
 
 import pytest
 import torch
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from helpers.batches import make_batch
 from helpers.thin import build_thin_model
 from models import batched_sampling, roi_step
 from models.architectures import ModelSpec
-from models.batched_pictures import BatchedTransform
-from models.rcnn_step import BATCHED_RCNN
+from models.batched_step import use_batched_step
 
 MODELS = {"box": "fasterrcnn_resnet50_fpn", "mask": "maskrcnn_resnet50_fpn", "keypoint": "keypointrcnn_resnet50_fpn"}
 SIZES = [(96, 150), (128, 96), (70, 160), (96, 128)]
@@ -33,9 +31,7 @@ def small_model(task, **options):
 def batched(model):
     """A copy of a model that takes the batched step."""
     model = copy.deepcopy(model)
-    classes = {**BATCHED_RCNN, GeneralizedRCNNTransform: BatchedTransform}
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+    use_batched_step(model)
     return model
 
 
