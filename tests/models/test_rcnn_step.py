@@ -1,15 +1,22 @@
 """The batched step of R-CNNs: with the same samples its losses and gradients are those of torchvision's own step."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from torchvision.models.detection.roi_heads import keypointrcnn_loss, project_masks_on_boxes
+from torchvision.ops import MultiScaleRoIAlign
 
+from benchmarks.waits import count_waits
 from helpers.batches import make_batch
 from helpers.thin import build_thin_model
-from models import batched_sampling, roi_step
+from models import batched_sampling, proposal_step, roi_step
 from models.architectures import ModelSpec
 from models.batched_step import use_batched_step
+from models.object_block import BatchTargets, objects_of
+from models.roi_step import Candidates, order_by_level, pool_by_level
+from models.roi_targets import keypoint_loss, mask_targets
 
 MODELS = {"box": "fasterrcnn_resnet50_fpn", "mask": "maskrcnn_resnet50_fpn", "keypoint": "keypointrcnn_resnet50_fpn"}
 SIZES = [(96, 150), (128, 96), (70, 160), (96, 128)]
@@ -119,3 +126,129 @@ def test_losses_and_gradients_are_torchvisions(task, counts, monkeypatch):
             atol=1e-5 * float(grad.abs().max()) + 1e-7,
             msg=lambda text, name=name: name + text,
         )
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_the_validation_loss_is_torchvisions(task, monkeypatch):
+    """It is computed with the resize of evaluation."""
+    theirs = small_model(task, min_size=(96,), max_size=160)  # the short side of each picture here
+    theirs.transform.eval()
+    ours = batched(theirs)
+    hand_over_samples(monkeypatch, theirs, ours)
+    images, targets = make_batch([(96, 150), (128, 96)], [3, 2], task=task, num_labels=1 if task == "keypoint" else 3)
+    with torch.no_grad():
+        expected, losses = theirs(images, copy.deepcopy(targets)), ours(images, targets)
+    assert {name: float(value) for name, value in losses.items()} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-5
+    )
+
+
+def test_resized_pictures_change_losses_of_proposals_by_rounding(monkeypatch):
+    theirs = small_model("box", min_size=(64, 80, 100), max_size=150)
+    ours = batched(theirs)
+    hand_over_samples(monkeypatch, theirs, ours)
+    images, targets = batch_of("box", COUNTS["one without"])
+    torch.manual_seed(5)
+    expected = theirs(images, copy.deepcopy(targets))
+    torch.manual_seed(5)
+    losses = ours(images, targets)
+    for name in ("loss_objectness", "loss_rpn_box_reg"):
+        assert float(losses[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_evaluation_and_state_are_torchvisions_and_copies_stay_batched(task):
+    theirs = small_model(task, min_size=(96,), max_size=160)
+    ours = batched(theirs)
+    images, targets = batch_of(task, COUNTS["one without"])
+    ours(images, targets)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.inference_mode():
+        detections = [model.eval()(images) for model in (theirs, ours)]
+    for expected, found in zip(*detections, strict=True):
+        assert len(expected["boxes"]) > 0 and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for name in ("", "transform", "rpn", "roi_heads"):
+            assert type(copied.get_submodule(name)) is type(ours.get_submodule(name)), name
+            assert type(copied.get_submodule(name)) is not type(theirs.get_submodule(name)), name
+
+
+def test_a_seed_gives_the_same_step():
+    model = batched(small_model("mask", min_size=(64, 96), max_size=160))
+    images, targets = batch_of("mask", COUNTS["one without"])
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        losses, grads = step(model, images, targets)
+        results.append([*losses.values(), *grads.values()])
+    assert all(map(torch.equal, results[0], results[1])) and not all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_by_level_is_torchvisions_to_the_last_bit(dtype):
+    rng = torch.Generator().manual_seed(0)
+    pool = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    features = {str(n): torch.randn(3, 8, 160 >> n, 224 >> n, generator=rng).to(dtype) for n in range(4)}
+    corners = torch.rand(3, 40, 2, 2, generator=rng).sort(dim=2).values * torch.tensor([896.0, 640.0])
+    boxes = corners.flatten(2) + torch.tensor([0.0, 0, 4, 4])
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        pool(features, [boxes[0]], [(640, 896)] * 3)  # works out the scales
+    is_drawn = torch.rand(3, 40, generator=rng) < 0.8
+    is_positive = is_drawn & (torch.rand(3, 40, generator=rng) < 0.5)
+    order, positives, per_picture = order_by_level(
+        pool, Candidates(boxes, is_positive.long(), is_positive.long(), is_positive, is_drawn)
+    )
+    assert min(order.counts) > 5 and per_picture == is_positive.sum(dim=1).tolist()
+    for found, wanted in ((order, is_drawn), (positives, is_positive)):
+        assert sorted(found.slots.tolist()) == wanted.flatten().nonzero().flatten().tolist()
+        chosen = [boxes[b][wanted[b]] for b in range(3)]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            expected, pooled = pool(features, chosen, [(640, 896)] * 3), pool_by_level(pool, features, found)
+        assert pooled.dtype == dtype == expected.dtype and torch.equal(pooled[found.slots.argsort()], expected)
+
+
+def test_mask_targets_are_torchvisions():
+    rng = torch.Generator().manual_seed(0)
+    masks = [torch.randint(0, 2, (count, *size), dtype=torch.uint8, generator=rng) for count, size in
+             ((3, (90, 150)), (0, (70, 60)), (5, (120, 70)))]  # fmt: skip
+    corners = torch.rand(3, 8, 2, 2, generator=rng).sort(dim=2).values * 60
+    boxes, places = corners.flatten(2) + torch.tensor([0.0, 0, 9, 9]), torch.randint(0, 3, (3, 8), generator=rng)
+    found = mask_targets(masks, boxes, places, [6, 0, 8], 28)
+    expected = [
+        project_masks_on_boxes(masks[b], boxes[b, :count], places[b, :count], 28) for b, count in ((0, 6), (2, 8))
+    ]
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_keypoints_on_edges_outside_and_unseen_are_learnt_as_torchvision_does():
+    boxes = torch.tensor([[10.0, 20, 66, 76], [10.3, 20.7, 41.9, 77.1]])
+    points = torch.tensor([[10.0, 20], [66, 76], [66, 30], [12, 76], [9.99, 30], [41.9, 77.1], [40, 40], [66.1, 30]])
+    keypoints = torch.cat([points, torch.ones(8, 1)], dim=1).repeat(2, 1, 1)
+    keypoints[0, 6, 2] = 0
+    logits = torch.randn(2, 8, 56, 56, generator=torch.Generator().manual_seed(0))
+    expected = keypointrcnn_loss(logits, [boxes], [keypoints], [torch.arange(2)])
+    assert float(keypoint_loss(logits, boxes, keypoints)) == pytest.approx(float(expected), rel=1e-6)
+    keypoints[..., 2] = 0
+    assert keypoint_loss(logits, boxes, keypoints) == 0
+
+
+def test_a_network_that_diverges_gives_a_loss_that_is_no_number_and_nothing_worse():
+    model = batched(small_model("mask", skip_resize=True))
+    with torch.no_grad():
+        model.rpn.head.bbox_pred.weight.fill_(float("nan"))
+    images, targets = batch_of("mask", COUNTS["one without"])
+    losses, _ = step(model, images, targets)
+    assert losses["loss_rpn_box_reg"].isnan() and losses["loss_classifier"].isfinite()
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_a_step_waits_twice_whatever_the_batch(task, monkeypatch):
+    monkeypatch.setattr(proposal_step, "calls_nms_once", lambda device: True)  # as on a GPU
+    model = batched(small_model(task, min_size=(36,), max_size=64))
+    model.transform.eval()  # the draw of a short side reads a number, which is on the host
+    for size in (2, 6):
+        images, targets = make_batch([(48, 64), (40, 32)] * (size // 2), [7] * size, task=task, num_labels=1)
+        targets = BatchTargets(targets, objects_of(targets))
+        assert count_waits(lambda: model(images, targets)) == {"nms": 1, "tolist": 1}  # noqa: B023
