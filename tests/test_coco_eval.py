@@ -16,7 +16,7 @@ from coco_eval import CocoEvaluator, format_summary
 from evaluation import coco_matching
 from evaluation.coco_metrics import build_params, check_sigmas
 from evaluation.detections import Detections
-from helpers.coco_cases import compare, oracle, random_case, to_annotations, to_detections
+from helpers.coco_cases import compare, oracle, random_case, second_oracle, to_annotations, to_detections
 from helpers.ranks import run_on_ranks
 from pixels.masks import block_from_mask
 
@@ -56,6 +56,18 @@ def test_every_cell_equals_pycocotools_on_random_cases(iou_type):
         different += compare(result, evaluation, iou_type)
         assert stats_of(result, iou_type) == list(evaluation.stats)
     assert different == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iou_type", IOU_TYPES)
+def test_every_cell_equals_hotcoco_on_random_cases(iou_type, capfd):
+    """A second oracle, by another author in another language: what pycocotools and we both got wrong would show."""
+    for seed in range(500, 530):
+        truth, results, sigmas = case(iou_type, seed)
+        evaluation = second_oracle(truth, results, iou_type, sigmas)
+        result = score(truth, results, iou_type, sigmas, order=seed)
+        assert compare(result, evaluation, iou_type) == 0
+        assert stats_of(result, iou_type) == list(evaluation.stats)
 
 
 MUTANTS = {
