@@ -1,9 +1,10 @@
-"""The two forms of boxes."""
+"""The two forms of boxes, and mask blocks cut as the picture is."""
 
 import numpy as np
 import pytest
 
-from pixels.geometry import xywh_to_xyxy, xyxy_to_xywh
+from pixels.geometry import Placement, xywh_to_xyxy, xyxy_to_xywh
+from pixels.masks import MaskBlock
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -21,3 +22,32 @@ def test_boxes_become_corners_and_back_in_their_own_dtype(dtype):
 def test_any_number_of_boxes(shape):
     boxes = np.arange(np.prod(shape), dtype=float).reshape(shape)
     assert xywh_to_xyxy(boxes).shape == xyxy_to_xywh(boxes).shape == shape
+
+
+def on_canvas(block, height, width):
+    canvas = np.zeros((height, width), dtype=np.uint8)
+    rows, columns = block.pixels.shape
+    canvas[block.top : block.top + rows, block.left : block.left + columns] = block.pixels
+    return canvas
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_cut_block_is_the_whole_mask_cut(flipped):
+    """Blocks that reach over each edge of the crop, end at it, begin at it, cover it, or lie outside."""
+    height, width, crop = 12, 15, (4, 3, 10, 9)
+    x1, y1, x2, y2 = crop
+    placement = Placement(crop, (0, 0, 6, 6), 6, 6, flipped, (0.0,) * 3, antialias=False)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for left in range(width):
+        for right in range(left + 1, width + 1):
+            for top, bottom in ((0, 12), (2, 4), (3, 9), (8, 11), (0, 3), (5, 6)):
+                block = MaskBlock(left, top, rng.integers(0, 2, (bottom - top, right - left), dtype=np.uint8))
+                expected = on_canvas(block, height, width)[y1:y2, x1:x2]
+                cut = placement.crop_block(block)
+                assert np.array_equal(on_canvas(cut, 6, 6), expected), (left, right, top, bottom)
+                if flipped:
+                    expected = expected[:, ::-1]
+                assert np.array_equal(on_canvas(placement.resize_block(cut), 6, 6), expected)
+                seen.add((bool(expected[:, 0].any()), bool(expected[:, -1].any())))
+    assert len(seen) == 4
