@@ -116,7 +116,9 @@ def _download(entry: WeightsEnum) -> dict[str, Tensor]:
         Stopped: A signal has come; what was loaded until then is removed.
     """
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
-    if not cached.exists():
+    if cached.exists():
+        _check_hash(cached)  # torch checks what it downloads, and nothing that lies here already
+    else:
         logger.info("downloading %s to %s", entry.url, cached)
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENT_SERVER_SECONDS)
@@ -129,6 +131,19 @@ def _download(entry: WeightsEnum) -> dict[str, Tensor]:
         raise ValueError(f"{entry}: cannot be loaded ({reason.splitlines()[0]}); {remedy}") from error
     finally:
         socket.setdefaulttimeout(silence)
+
+
+def _check_hash(path: Path) -> None:
+    """Warn of a file that is not what its name says: torchvision's names end with the start of the SHA-256."""
+    expected, found = path.stem.rpartition("-")[2], sha256_of_file(path)
+    if not found.startswith(expected):
+        logger.warning(
+            "%s: not the weights that torchvision published under this name: their SHA-256 begins with %s, the file's "
+            "with %s; remove it, and it is downloaded anew",
+            path,
+            expected,
+            found[: len(expected)],
+        )
 
 
 def structure_of_weights(source: WeightsSource, state: dict[str, Tensor], model: str) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Models built from a record equal those of torchvision's builders, and weights land where they belong."""
 
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torchvision
 from torchvision.models import get_model, get_model_weights
 
 from files import read_torch_file
+from models import weights
 from models.architectures import ARCHITECTURES, VGG16, ModelSpec, backbone_keys, build_model
 from models.weights import (
     find_backbone_weights,
@@ -262,3 +267,17 @@ def test_pooling_knows_its_strides_whatever_comes_first(name, strides):
     heads = [getattr(model.roi_heads, kind, None) for kind in ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")]
     found = [pool.scales for pool in heads if pool is not None]
     assert found == [[1 / stride for stride in strides]] * len(found) and found
+
+
+def test_a_cached_file_that_is_not_what_its_name_says_is_named(tmp_path, caplog):
+    """torchvision's names end with the start of the file's SHA-256."""
+    content = tmp_path / "content"
+    torch.save({"a": torch.zeros(3)}, content)
+    digest = hashlib.sha256(content.read_bytes()).hexdigest()
+    for start, is_named in ((digest[:8], False), ("0" * 8, True)):
+        path = content.rename(tmp_path / f"resnet50-{start}.pth")
+        entry = SimpleNamespace(url=f"https://download.pytorch.org/models/{path.name}", get_state_dict=lambda **_: {})
+        (Path(torch.hub.get_dir()) / "checkpoints" / path.name).write_bytes(path.read_bytes())
+        weights._download(entry)
+        assert (f"their SHA-256 begins with {start}, the file's with {digest[:8]}" in caplog.text) == is_named
+        content = path
