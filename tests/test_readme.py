@@ -8,6 +8,7 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
@@ -85,7 +86,7 @@ def test_each_recipe_builds_its_model_and_data(recipe, tmp_path):
     assert spec.num_keypoints == (17 if args.dataset == "coco_kp" else 0)
     model = build_model(spec)
     assert sum(p.numel() for p in model.parameters()) > 1e6
-    here = Distributed(0, 0, 1, train.choose_device("cpu"))
+    here = Distributed(0, 0, 1, torch.device("cpu"))
     loader, sampler = build_train_loader(
         data, spec, here, batch_size=args.batch_size, workers=0, seed=0, augmentation=args.data_augmentation
     )
