@@ -42,7 +42,7 @@ class SeenPictures:
 
     Attributes:
         count: How many were looked at.
-        values: Of deep pictures, those that were decoded.
+        values: The bounds of deep pictures, as far as they were decoded.
         with_more: Those with more pages or frames than the one that is read.
     """
 

@@ -1,4 +1,4 @@
-"""Do results belong to other pictures or categories than their ids say, or are their boxes in another form?
+"""Do results belong to other pictures or categories than their ids say, or are their boxes in another form or scale?
 
 Figures near 0 have such causes more often than a detector that finds nothing.
 """
@@ -130,15 +130,19 @@ def find_shifted_categories(annotations: Annotations, records: Sequence[Record])
 def find_other_form(annotations: Annotations, records: Sequence[Record]) -> str | None:
     """Return the form of box in which the results fit their pictures' objects, where that is not COCO's, else None.
 
+    Forms are those of `_FORMS`, and boxes on resized pictures (`_fit_resize`).
+
     Args:
         annotations: The ground truth.
         records: Results, from `read_results`, of images of the ground truth.
     """
     ious: dict[str, list[float]] = {name: [] for name in ("", *_FORMS)}
+    pictures: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for i, best in _pictures(annotations, records):
         truth = xywh_to_xyxy(annotations.boxes_xywh[annotations.objects(i)])
         boxes = np.array([record["bbox"] for record in best], dtype=np.float64)
         size = np.array([annotations.widths[i], annotations.heights[i]] * 2, dtype=np.float64)
+        pictures.append((boxes, truth, size[:2]))
         ious[""] += _iou(xywh_to_xyxy(boxes), truth).max(axis=1).tolist()
         for name, convert in _FORMS.items():
             ious[name] += _iou(convert(boxes, size), truth).max(axis=1).tolist()
@@ -146,7 +150,55 @@ def find_other_form(annotations: Annotations, records: Sequence[Record]) -> str 
         return None
     means = {name: float(np.mean(values)) for name, values in ious.items()}
     own, best_form = means.pop(""), max(means, key=means.__getitem__)
-    return best_form if means[best_form] >= NEAR and means[best_form] > 1.5 * own else None
+    if means[best_form] >= NEAR and means[best_form] > 1.5 * own:
+        return best_form
+    for form in ("[x, y, width, height]", "[x1, y1, x2, y2]"):
+        as_corners = [(xywh_to_xyxy(b) if "width" in form else b, truth, size) for b, truth, size in pictures]
+        resize, iou = _fit_resize(as_corners)
+        if iou >= NEAR and iou > 1.5 * own:
+            return f"{form} in pixels of resized pictures ({resize})"
+    return None
+
+
+def _fit_resize(pictures: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[str, float]:
+    """Return (the simplest resize of pictures that explains boxes well, else the best; the mean IoU that it leads to).
+
+    Its size follows from the sides of boxes and objects: the median over pictures, so that few wrong boxes do no harm.
+
+    Args:
+        pictures: (boxes, objects, both as corners [N, 4]; (width, height)) of each.
+    """
+    sizes = np.array([size for _, _, size in pictures])
+    sides = [[(b[:, 2:] - b[:, :2]).sum(axis=0) for b in (boxes, truth)] for boxes, truth, _ in pictures]
+    ratios = np.array([found / np.maximum(true, 1e-9) for found, true in sides])  # [P, 2], of width and height
+    ratio, shorter, longer = np.sqrt(np.abs(ratios).prod(axis=1)), sizes.min(axis=1), sizes.max(axis=1)
+    factor, side, edge = np.median(ratio), _whole(ratio * shorter), _whole(ratio * longer)
+    width, height = (_whole(ratios[:, k] * sizes[:, k]) for k in (0, 1))
+    ones, none = np.ones_like(sizes), np.zeros_like(sizes)
+    fitted = edge / longer[:, None] * ones
+    rules = {
+        f"about {factor:.2g} times as large": (factor * ones, none),
+        f"their longer side {edge} pixels": (fitted, none),
+        f"their shorter side {side} pixels": (side / shorter[:, None] * ones, none),
+        f"{width} x {height} pixels": (np.array([width, height]) / sizes, none),
+        f"in the middle of {edge} x {edge} pixels": (fitted, (edge - sizes * fitted) / 2),
+    }
+    best, best_iou = "", 0.0
+    for name, (factors, offsets) in rules.items():
+        ious: list[float] = []
+        for (boxes, truth, _), by, offset in zip(pictures, factors, offsets):
+            ious += _iou((boxes - np.tile(offset, 2)) / np.tile(np.maximum(by, 1e-9), 2), truth).max(axis=1).tolist()
+        iou = float(np.mean(ious))
+        if iou > best_iou + 0.02:
+            best, best_iou = name, iou
+    return best, best_iou
+
+
+def _whole(values: np.ndarray) -> int:
+    """Return the median of some sides in pixels, the next multiple of 32, as sizes mostly are, where that is near."""
+    value = float(np.median(values))
+    multiple = 32 * round(value / 32)
+    return int(multiple if abs(multiple - value) <= 0.02 * value else round(value))
 
 
 def _from_centre(boxes: np.ndarray) -> np.ndarray:

@@ -75,6 +75,39 @@ def test_boxes_in_another_form_are_warned_of_with_its_name(tmp_path, capsys, for
     assert f"boxes hardly meet the objects of their picture, but would as {form}; " in capsys.readouterr().out
 
 
+def resized(mode, x, y, w, h, size):
+    """Return a box on the picture as a model's input has it."""
+    width, height = size
+    by = {
+        "about 0.5 times as large": (0.5, 0.5),
+        "their longer side 640 pixels": (640 / max(size),) * 2,
+        "their shorter side 800 pixels": (800 / min(size),) * 2,
+        "512 x 512 pixels": (512 / width, 512 / height),
+        "in the middle of 640 x 640 pixels": (640 / max(size),) * 2,
+    }[mode]
+    left, top = ((640 - by[0] * side) / 2 if "middle" in mode else 0 for side in size)
+    return [x * by[0] + left, y * by[1] + top, w * by[0], h * by[1]]
+
+
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize("mode", [
+    "about 0.5 times as large", "their longer side 640 pixels", "their shorter side 800 pixels", "512 x 512 pixels",
+    "in the middle of 640 x 640 pixels",
+])  # fmt: skip
+def test_boxes_on_resized_pictures_are_warned_of_with_the_resize(tmp_path, capsys, mode, corners):
+    truth, results = drawn()
+    for image in truth["images"][::2]:  # upright ones too; boxes lie within 240 x 240
+        image["height"], image["width"] = 360, 300
+    sizes = {image["id"]: (image["width"], image["height"]) for image in truth["images"]}
+    for r in results:
+        x, y, w, h = resized(mode, *r["bbox"], sizes[r["image_id"]])
+        r["bbox"] = [x, y, x + w, y + h] if corners else [x, y, w, h]
+    results[0]["bbox"] = [3, 3, 200, 100]  # a wrong one
+    assert scored(tmp_path, truth, results)[0] == 0
+    form = "[x1, y1, x2, y2]" if corners else "[x, y, width, height]"
+    assert f"but would as {form} in pixels of resized pictures ({mode}); " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [0, 12, 40, 200])
 def test_right_ids_and_boxes_are_not_warned_of(tmp_path, capsys, error):
     """However far off the boxes are, and with classes confused in half of the cases."""
