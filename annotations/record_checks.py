@@ -24,6 +24,9 @@ from pixels.images import unsafe_file_name
 # of crowds, cells or shelves show a few thousand.
 MAX_OBJECTS_PER_IMAGE = 10_000
 
+# So many boxes over the edge, and so large a share of all, have one cause.
+MIN_OUTSIDE, MANY_OUTSIDE = 5, 0.3
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -245,14 +248,22 @@ def check_boxes(
 
     outside = usable & ((x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0))
     over = usable & ~outside & ((x1 < -1) | (y1 < -1) | (x2 > width + 1) | (y2 > height + 1))
+    cause = ""
+    if (outside | over).sum() >= max(MIN_OUTSIDE, MANY_OUTSIDE * usable.sum()):
+        reach = max((x2 / np.maximum(width, 1))[usable].max(), (y2 / np.maximum(height, 1))[usable].max())
+        cause = f"; boxes seem to be for pictures {reach:.2g} times as large: was the size changed after annotating?"
+        far, size = boxes[usable, 2:], np.stack([width, height], axis=1)[usable]
+        if rules.box_format == Rules.box_format and bool(((far > boxes[usable, :2]) & (far <= size + 1)).all()):
+            cause = "; these look like [x1, y1, x2, y2]"
     for n in np.flatnonzero(outside | over).tolist():
         problem = f"box {shown(n)} lies {'outside' if outside[n] else 'partly outside'} the image of "
         problem += f"{width[n]} x {height[n]} pixels"
         if outside[n] or rules.strict_boxes:
-            remedy = f"correct it; boxes are {rules.box_format} in pixels"
+            remedy = f"correct it; boxes are {rules.box_format} in pixels{cause}"
             findings.error("box outside", rules.object_place(n), problem, remedy, obj=n)
         else:
-            findings.warn("box outside", rules.object_place(n), problem, "it is cut to the image for training")
+            remedy = f"it is cut to the image for training{cause}"
+            findings.warn("box outside", rules.object_place(n), problem, remedy)
 
 
 def check_keypoints(

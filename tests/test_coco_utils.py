@@ -177,6 +177,29 @@ def test_a_malformed_file_is_refused_by_one_line_that_names_the_place(tmp_path, 
     assert "file.json" in str(caught.value)
 
 
+def test_boxes_for_a_larger_picture_are_told_with_the_scale(tmp_path):
+    value = content()
+    value["annotations"] = [
+        {"id": n + 1, "image_id": 1, "category_id": 3, "bbox": [12 * n, 10 * n, 12, 10]} for n in range(10)
+    ]
+    with pytest.raises(BadDataError, match=r"seem to be for pictures 2 times as large: was the size changed after"):
+        read(tmp_path, value)  # the last ends at 120, 100 of a picture of 60 x 50
+    for record in value["annotations"][7:]:
+        record["bbox"] = [1, 1, 12, 10]
+    with pytest.raises(BadDataError, match=r"outside the image of 60 x 50 pixels; .* in pixels$"):
+        read(tmp_path, value)  # two of ten
+
+
+def test_corners_in_the_place_of_width_and_height_are_told(tmp_path):
+    value = content()
+    value["annotations"] = [
+        {"id": n + 1, "image_id": 1, "category_id": 3, "bbox": [4 * n, 3 * n, 4 * n + 24, 3 * n + 20]}
+        for n in range(10)
+    ]
+    told = [str(w) for w in read(tmp_path, value).warnings if w.kind == "box outside"]
+    assert len(told) == 5 and told[0].endswith("it is cut to the image for training; these look like [x1, y1, x2, y2]")
+
+
 def test_an_object_with_a_mask_and_no_box_has_the_box_around_it(tmp_path):
     triangle = [[5, 6, 25.5, 6, 25.5, 36], [30, 7, 31, 8]]  # the second has two points and no inside
     runs = {"size": [50, 60], "counts": [50 * 10 + 4, 6, 44, 6, 50 * 60 - 560]}  # rows 4 to 9 of columns 10 and 11
