@@ -248,6 +248,7 @@ def read_folder(
         object_place=lambda n: content.object_places[n],
         strict_boxes=True,
         box_format="[x1, y1, x2, y2]",
+        as_written=lambda x, y, width, height: (x, y, x + width, y + height),
         usual_forms=(("keypoints", NESTED_POINTS),),
     )
     return annotations_from_records(

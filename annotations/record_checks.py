@@ -40,6 +40,7 @@ class Rules:
             errors. COCO's own files have both: such boxes are not trained on, or cut to the image, and scored as the
             file says.
         box_format: How the file writes boxes, for messages.
+        as_written: The numbers that the file writes for a box of x, y, width and height, for messages.
         usual_forms: (field, form) of values that are not in the form of COCO's files and are not remarked.
     """
 
@@ -48,6 +49,7 @@ class Rules:
     object_place: Callable[[int], str]
     strict_boxes: bool = False
     box_format: str = "[x, y, width, height]"
+    as_written: Callable[[float, float, float, float], Sequence[float]] = lambda *box: box
     usual_forms: tuple[tuple[str, str], ...] = ()
 
 
@@ -219,9 +221,7 @@ def check_boxes(
     usable &= (width > 0) & (height > 0)
 
     def shown(n: int) -> str:
-        if rules.strict_boxes:
-            return f"[{x1[n]:g}, {y1[n]:g}, {x2[n]:g}, {y2[n]:g}]"
-        return f"[{x1[n]:g}, {y1[n]:g}, {boxes[n, 2]:g}, {boxes[n, 3]:g}]"
+        return "[" + ", ".join(f"{v:g}" for v in rules.as_written(*boxes[n].tolist())) + "]"
 
     empty = usable & ((boxes[:, 2] <= 0) | (boxes[:, 3] <= 0))
     # Boxes read as [x1, y1, x2, y2] that would all be fine as [x, y, width, height] are probably that.

@@ -7,6 +7,7 @@ import numpy as np
 
 from annotations.fields import FIELDS
 from annotations.forms import COUNT, SEGMENTATION, SIDE, short
+from annotations.normalised import MIN_SIDE
 from annotations.record_reader import Record, RecordReader
 from pixels.masks import block_from_rle, check_run_lengths, compress_rle, rle_from_polygons
 
@@ -60,6 +61,7 @@ def check_segmentations(
             shapes.rles[n] = b""
             reader.wrong(field, n, problem)
     _drop_short_polygons(reader, shapes.polygons)
+    _report_normalised(reader, shapes.polygons, image_of_object, heights, widths)
     if "segm" in reader.uses:
         for n in range(len(column)):
             if shapes.polygons[n] or shapes.rles[n]:
@@ -91,6 +93,25 @@ def box_of_segmentation(segmentation: Any, height: int, width: int) -> list[floa
     except ValueError:
         return None
     return box if box[2] > 0 and box[3] > 0 else None
+
+
+def _report_normalised(
+    reader: RecordReader,
+    polygons: list[list[list[float]]],
+    image_of_object: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> None:
+    """Report outlines within one pixel, which are shares of the picture, and leave them out."""
+    for n, rows in enumerate(polygons):
+        # Most begin farther out: only few are looked at whole.
+        if rows and rows[0][0] <= 1 and rows[0][1] <= 1 and all(0 <= v <= 1 for row in rows for v in row):
+            i = int(image_of_object[n])
+            if min(heights[i], widths[i]) >= MIN_SIDE:
+                problem = f"the polygon {short(rows[0])} looks normalised to the picture's size (0 to 1)"
+                remedy = "expected pixels: multiply x by the picture's width, y by its height"
+                reader.wrong(FIELDS[reader.record, "segmentation"], n, problem, remedy=remedy)
+                polygons[n] = []
 
 
 def _drop_short_polygons(reader: RecordReader, polygons: list[list[list[float]]]) -> None:

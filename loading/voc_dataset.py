@@ -8,6 +8,7 @@ Boxes are xmin, ymin, xmax, ymax in pixels that count from 1, both ends inside: 
 1, 1, 1, 1. An object with ``difficult`` 1 becomes a region to ignore, as COCO's ``iscrowd`` says.
 """
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from annotations.arrays import Annotations, cached_annotations
 from annotations.file_pairs import Alone, files_by_stem, missing_partners, similar_stem
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.forms import FLAG, NAME, SIDE, short
+from annotations.normalised import NORMALISED
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton
@@ -175,6 +177,9 @@ def read_voc(
             first = error.findings[0]
             findings.error(first.kind, first.place, first.problem, first.remedy, image=position)
             continue
+        for tag in sorted({child.tag for child in tree} - {"object"}):
+            if difflib.get_close_matches(tag.lower(), ["object"], cutoff=0.8):  # else its objects would vanish
+                findings.error("object", str(xml), f"<{tag}>, expected <object>", "correct the tag", image=position)
         for k, element in enumerate(tree.findall("object")):
             place = f"{xml}: object[{k}]"
             record: Record = {"image_id": position + 1, "category_id": 1, "bbox": [0, 0, 0, 0]}
@@ -199,6 +204,7 @@ def read_voc(
         image_place=lambda i: str(pairs[i][1]),
         object_place=lambda n: places[n],
         box_format="xmin, ymin, xmax, ymax",
+        as_written=lambda x, y, width, height: (x + 1, y + 1, x + width, y + height),
     )
     categories: list[Record] = [{"id": k, "name": name} for name, k in number_of.items()]
     return annotations_from_records(images, objects, categories, rules, findings, uses=uses, notes=notes)
@@ -224,6 +230,13 @@ def read_xml(path: Path) -> Element:
     except ParseError as error:
         line, column = error.position
         reason = str(error).partition(":")[0]
+        if "encoding" not in path.read_bytes()[:100].decode(errors="replace"):
+            try:
+                path.read_bytes().decode()
+            except UnicodeDecodeError as wrong:
+                raise fail(
+                    f"not UTF-8 text (byte {wrong.start})", "save it as UTF-8, or declare its encoding"
+                ) from None
         raise fail(f"not valid xml at line {line} column {column + 1}: {reason}") from None
     except (ValueError, LookupError) as error:  # an encoding that Python does not know
         raise fail(f"not valid xml: {error}") from None
@@ -285,6 +298,8 @@ def _box(element: Element, place: str, notes: Notes) -> list[float]:
     if not all(abs(value) <= 1 << 20 for value in corners):  # NaN is not
         raise ValueError(f"a corner of {_shown(corners)} is no place in a picture")
     x1, y1, x2, y2 = corners
+    if min(corners) >= 0 and max(corners) <= 1 and x1 < x2 and y1 < y2:
+        raise ValueError(f"box {_shown(corners)}: {NORMALISED}")
     if x2 < x1 or y2 < y1:
         axis = "x" if x2 < x1 else "y"
         raise ValueError(f"box {_shown(corners)} has {axis}max < {axis}min")

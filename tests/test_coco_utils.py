@@ -150,6 +150,10 @@ BAD = {
     "odd polygon": (content(annotations__0__segmentation=[[1, 2, 3, 4, 5, 6, 7]]), r"annotations\[0\].*7 is not an even number"),
     "text polygon": (content(annotations__0__segmentation=[[1, 2, 3, 4, 5, "x"]]), r"annotations\[0\].*finite numbers.*'x'"),
     "flat polygon of odd length": (content(annotations__0__segmentation=[1, 2, 3, 4, 5, 6, 7]), r"7 is not an even number"),
+    "polygon of shares": (
+        content(annotations__0__segmentation=[[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]),
+        r"annotations\[0\].*polygon \[0\.1, 0\.1, .* looks normalised to the picture's size \(0 to 1\); expected pixels",
+    ),
     "text segmentation": (content(annotations__0__segmentation="abc"), r"expected polygons .*or run lengths"),
     "rle size": (content(annotations__0__segmentation={"size": [5, 5], "counts": "0"}), r"mask has size \[5, 5\], the image \[50, 60\]"),
     "rle sum": (content(annotations__0__segmentation={"size": [50, 60], "counts": [5]}), r"do not add up to the picture's 50 x 60"),

@@ -164,7 +164,7 @@ BAD_XMLS = {
     "cut": (xml(DOG)[:-20], r"a\.xml: not valid xml at line 1 column \d+: no element found|unclosed token"),
     "empty": ("", r"a\.xml: not valid xml at line 1 column 1: no element found"),
     "coding": ('<?xml version="1.0" encoding="nonsense"?><annotation/>', r"a\.xml: not valid xml.*: unknown encoding"),
-    "bytes": (b"<annotation>\xff</annotation>", r"a\.xml: not valid xml at line 1 column 13"),
+    "bytes": (b"<annotation>\xff</annotation>", r"a\.xml: not UTF-8 text \(byte 12\); save it as UTF-8, or declare its"),
     "root": ("<annotations/>", r"a\.xml: expected <annotation>, got <annotations>"),
     "size": (xml(DOG, size=(HEIGHT, WIDTH)), r"a\.xml: its size is 60 x 80, but .*a\.jpg has 80 x 60 pixels"),
     "no size": (xml(DOG, size=("x", 60)), r"a\.xml: size is 'x' x '60', expected a whole number of pixels"),
@@ -175,7 +175,10 @@ BAD_XMLS = {
     "three": (xml(("dog", (11, 21, 30), 0)), r"object\[0\]: ymax is missing, expected a number"),
     "nan": (xml(("dog", (11, "nan", 30, 40), 0)), r"object\[0\]: a corner of \[11, nan, 30, 40\] is no place in a pict"),
     "order": (xml(("dog", (30, 21, 11, 40), 0)), r"object\[0\]: box \[30, 21, 11, 40\] has xmax < xmin"),
-    "outside": (xml(("dog", (91, 21, 99, 40), 0)), r"object\[0\]: box \[90, 20, 99, 40\]|lies outside the image of 80 x 60"),
+    "outside": (xml(("dog", (91, 21, 99, 40), 0)), r"object\[0\]: box \[91, 21, 99, 40\] lies outside the image of 80 x 60"),
+    "shares": (xml(("dog", (0.1, 0.2, 0.5, 0.9), 0)), r"object\[0\]: box \[0\.1, 0\.2, 0\.5, 0\.9\]: boxes look normalised"),
+    "capitals": (xml(DOG).replace("object", "Object"), r"a\.xml: <Object>, expected <object>; correct the tag"),
+    "nested": (f"<annotation><objects>{xml(DOG)}</objects></annotation>", r"a\.xml: <objects>, expected <object>"),
 }  # fmt: skip
 
 
