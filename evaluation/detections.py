@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from annotations.labels import LabelMap
+from evaluation.postprocess import blocks_of_masks
 from pixels.geometry import xyxy_to_xywh
 from pixels.masks import MaskBlock, block_from_mask
 
@@ -46,19 +47,19 @@ class Detections:
 
 
 def detections_from_output(output: Mapping[str, Any], label_map: LabelMap) -> Detections:
-    """Convert one of a torchvision model's output dicts.
+    """Convert one of a torchvision model's output dicts, plain or from `fast_scoring`.
 
     Boxes become xywh in float32 before they become float64, as in torchvision's scripts; detections whose label has no
     category are left out, which COCOeval does silently.
     """
     boxes = _to_numpy(output["boxes"])
     category_ids = label_map.categories_of(output["labels"].cpu().numpy())
-    masks, keypoints = output.get("masks"), output.get("keypoints")
+    keypoints = output.get("keypoints")
     detections = Detections(
         category_ids,
         _to_numpy(output["scores"]).astype(np.float64),
         xyxy_to_xywh(boxes).astype(np.float64),
-        None if masks is None else _mask_blocks(masks),
+        _mask_blocks(output) if "masks" in output else None,
         None if keypoints is None else _to_numpy(keypoints).astype(np.float64),
     )
     known = category_ids >= 0
@@ -69,8 +70,8 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu").float().numpy()
 
 
-def _mask_blocks(masks: Tensor | Sequence[MaskBlock]) -> list[MaskBlock]:
-    """Return blocks of masks: as they are, or thresholded at 0.5 from float [D, 1, H, W]."""
-    if not isinstance(masks, Tensor):
-        return list(masks)
-    return [block_from_mask(mask) for mask in (masks[:, 0] > 0.5).cpu().numpy()]
+def _mask_blocks(output: Mapping[str, Any]) -> list[MaskBlock]:
+    """Return blocks of masks, float [D, 1, H, W], thresholded at 0.5; small ones are shown on their canvas first."""
+    if "canvas" in output:
+        return blocks_of_masks(output["masks"], output["boxes"], *output["canvas"])
+    return [block_from_mask(mask) for mask in (output["masks"][:, 0] > 0.5).cpu().numpy()]

@@ -5,17 +5,17 @@ replacement has a test that shows a difference of 0.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torchvision.models.detection import KeypointRCNN, MaskRCNN
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, keypointrcnn_inference
+from torchvision.models.detection import KeypointRCNN
+from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.transform import resize_boxes, resize_keypoints
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from evaluation.coco_matching import rank_detections
@@ -26,17 +26,19 @@ from pixels.masks import MaskBlock
 def fast_scoring(model: nn.Module, max_keypoint_dets: int = 20) -> Iterator[None]:
     """Let ``model`` produce, inside the block, just what COCO scoring reads.
 
-    Mask R-CNN gives mask blocks instead of full images; Keypoint R-CNN gives keypoints for the ``max_keypoint_dets``
-    best detections of each class (COCO reads no others) and NaN for the rest; SSDs select candidates of all classes
-    at once where that saves waits for the device.
+    Mask R-CNN gives its masks as they come out of the network, [N, 1, M, M], and the ``canvas`` (height, width) that
+    `blocks_of_masks` takes; Keypoint R-CNN gives keypoints for the ``max_keypoint_dets`` best detections of each class
+    (COCO reads no others) and NaN for the rest; SSDs select candidates of all classes at once where that saves waits
+    for the device.
 
     Args:
         model: Bare, in evaluation mode.
         max_keypoint_dets: ``maxDets`` of the keypoint score.
     """
     with contextlib.ExitStack() as stack:
-        if isinstance(model, MaskRCNN):
-            stack.enter_context(_replaced(model.transform, "postprocess", _blocks_instead_of_masks))
+        transform = getattr(model, "transform", None)
+        if isinstance(transform, GeneralizedRCNNTransform):
+            stack.enter_context(_replaced(transform, "postprocess", _to_original_sizes))
         if isinstance(model, KeypointRCNN):
             stack.enter_context(_keypoints_of_the_best(model.roi_heads, max_keypoint_dets))
         # On a CPU the loop over classes is as fast: nothing waits there.
@@ -58,16 +60,38 @@ def _replaced(owner: nn.Module, name: str, function: Any) -> Iterator[None]:
         delattr(owner, name)
 
 
-def _blocks_instead_of_masks(
+def _to_original_sizes(
     result: list[dict[str, Any]], image_shapes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """Stand in for ``GeneralizedRCNNTransform.postprocess``: masks become `MaskBlock` lists."""
+    """Stand in for ``GeneralizedRCNNTransform.postprocess``, which sends every ratio to the device and waits for it.
+
+    Masks stay small: `blocks_of_masks` shows them on their ``canvas``.
+    """
     for prediction, shape, original in zip(result, image_shapes, original_sizes):
-        prediction["boxes"] = resize_boxes(prediction["boxes"], list(shape), list(original))
+        # Divided in float32, as torchvision's tensors are.
+        y_ratio, x_ratio = (float(np.float32(new) / np.float32(old)) for new, old in zip(original, shape))
+        left, top, right, bottom = prediction["boxes"].unbind(1)
+        prediction["boxes"] = torch.stack((left * x_ratio, top * y_ratio, right * x_ratio, bottom * y_ratio), dim=1)
         if "keypoints" in prediction:
-            prediction["keypoints"] = resize_keypoints(prediction["keypoints"], list(shape), list(original))
-        prediction["masks"] = blocks_of_masks(prediction["masks"], prediction["boxes"], *original)
+            x, y, visible = prediction["keypoints"].unbind(-1)
+            prediction["keypoints"] = torch.stack((x * x_ratio, y * y_ratio, visible), dim=-1)
+        if "masks" in prediction:
+            prediction["canvas"] = tuple(original)
     return result
+
+
+def outputs_on_host(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a batch's outputs with all tensors on the CPU, after one copy and one wait for all of them."""
+    tensors = [(i, name, value) for i, output in enumerate(outputs) for name, value in output.items()]
+    tensors = [entry for entry in tensors if isinstance(entry[2], Tensor)]
+    tensors.sort(key=lambda entry: -entry[2].element_size())  # each type begins where it is aligned
+    on_host: list[dict[str, Any]] = [dict(output) for output in outputs]
+    if tensors:
+        flat = [value.detach().reshape(-1).view(torch.uint8) for _, _, value in tensors]
+        parts = torch.cat(flat).cpu().split([len(part) for part in flat])
+        for (i, name, value), part in zip(tensors, parts):
+            on_host[i][name] = part.view(value.dtype).view(value.shape)
+    return on_host
 
 
 def blocks_of_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[MaskBlock]:
@@ -108,19 +132,31 @@ def _keypoints_of_the_best(roi_heads: nn.Module, limit: int) -> Iterator[None]:
         """Run the keypoint head on the best detections; the others have NaN."""
         features, _, image_shapes = args[:3]
         result, losses = output
-        best = []
-        for prediction in result:
-            labels, scores = prediction["labels"].cpu().numpy(), prediction["scores"].cpu().numpy()
-            kept = rank_detections(labels, scores, limit)[0] if len(labels) else np.zeros(0, dtype=np.int64)
-            best.append(torch.from_numpy(np.sort(kept)).to(prediction["boxes"].device))
-        boxes = [prediction["boxes"][index] for prediction, index in zip(result, best)]
-        logits = predictor(head(pool(features, boxes, image_shapes)))
-        for prediction, index, points, scores in zip(result, best, *keypointrcnn_inference(logits, boxes)):
-            count = len(prediction["boxes"])
-            prediction["keypoints"] = points.new_full((count, *points.shape[1:]), float("nan"))
-            prediction["keypoints"][index] = points
-            prediction["keypoints_scores"] = scores.new_full((count, *scores.shape[1:]), float("nan"))
-            prediction["keypoints_scores"][index] = scores
+        counts = [len(prediction["scores"]) for prediction in result]
+        boxes, labels, scores = (torch.cat([p[name] for p in result]) for name in ("boxes", "labels", "scores"))
+        ranked = torch.stack([labels.double(), scores.double()]).cpu().numpy()  # the only wait
+        best, start = [], 0
+        for count in counts:
+            of_image = slice(start, start + count)
+            kept = (
+                rank_detections(ranked[0, of_image], ranked[1, of_image], limit)[0]
+                if count
+                else np.zeros(0, dtype=np.int64)
+            )
+            best.append(start + np.sort(kept))
+            start += count
+        chosen = torch.from_numpy(np.concatenate(best))
+        if boxes.device.type == "cuda":
+            chosen = chosen.pin_memory()
+        chosen = chosen.to(boxes.device, non_blocking=boxes.device.type != "mps")
+        best_boxes = boxes[chosen]
+        logits = predictor(head(pool(features, list(best_boxes.split([len(part) for part in best])), image_shapes)))
+        found = locate_keypoints(logits, best_boxes)
+        for name, values in zip(("keypoints", "keypoints_scores"), found):
+            of_all = values.new_full((len(boxes), *values.shape[1:]), float("nan"))
+            of_all[chosen] = values
+            for prediction, part in zip(result, of_all.split(counts)):
+                prediction[name] = part
         return result, losses
 
     for name in parts:
@@ -132,6 +168,31 @@ def _keypoints_of_the_best(roi_heads: nn.Module, limit: int) -> Iterator[None]:
         hook.remove()
         for name, part in parts.items():
             setattr(roi_heads, name, part)
+
+
+def locate_keypoints(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand in for ``heatmaps_to_keypoints``, which waits twice per detection for the size of its box.
+
+    Args:
+        maps: float [N, K, M, M], heat maps of the keypoints.
+        boxes: float [N, 4] xyxy.
+
+    Returns:
+        Keypoints, float [N, K, 3] as (x, y, 1), and the heat at each, float [N, K].
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
+    places, heats = [maps.new_zeros((0, maps.shape[1]), dtype=torch.int64)], [maps.new_zeros((0, maps.shape[1]))]
+    for heat_map, (width, height) in zip(maps, sides.ceil().long().tolist()):  # one wait for all
+        size = height, width
+        heat = nnf.interpolate(heat_map[:, None], size=size, mode="bicubic", align_corners=False).flatten(1)
+        places.append(heat.argmax(dim=1)[None])
+        heats.append(heat.gather(1, places[-1].T).T)
+    place = torch.cat(places)
+    width = sides[:, :1].ceil().long()
+    correction = sides / sides.ceil()
+    x = (place % width + 0.5) * correction[:, :1] + boxes[:, :1]
+    y = (place.div(width, rounding_mode="floor") + 0.5) * correction[:, 1:] + boxes[:, 1:2]
+    return torch.stack((x, y, torch.ones_like(x)), dim=-1), torch.cat(heats)
 
 
 def select_ssd_detections(

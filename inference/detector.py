@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evaluation.detections import Detections, detections_from_output
-from evaluation.postprocess import fast_scoring
+from evaluation.postprocess import fast_scoring, outputs_on_host
 from inference.found import Found
 from inference.picture_files import BadFile, reject_or_batch
 from inference.trained_model import TrainedModel, choose_threshold, load_trained_model, settle_brightness
@@ -166,7 +166,7 @@ class Detector:
             Per image what was found, in falling order of scores.
         """
         results = []
-        for output in self._model(images):
+        for output in outputs_on_host(self._model(images)):
             detections = detections_from_output(output, self.trained.label_map)
             order = np.argsort(-detections.scores, kind="stable")
             results.append(detections.take(order[detections.scores[order] >= self.score_threshold]))

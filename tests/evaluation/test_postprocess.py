@@ -4,12 +4,20 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_util
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from annotations.labels import LabelMap
+from benchmarks.waits import count_waits
 from coco_eval import CocoEvaluator
 from evaluation.detections import detections_from_output
-from evaluation.postprocess import blocks_of_masks, fast_scoring, select_ssd_detections
+from evaluation.postprocess import (
+    blocks_of_masks,
+    fast_scoring,
+    locate_keypoints,
+    outputs_on_host,
+    select_ssd_detections,
+)
 from evaluation.results_files import rle_of_block
 from helpers.coco_cases import oracle, to_annotations
 from models.architectures import ModelSpec, build_model
@@ -75,7 +83,8 @@ def test_mask_rcnn_scores_the_same_on_blocks(few_proposals):
     for a, b, c, image in zip(plain, fast, again, images()):
         assert len(a["boxes"]) > 5
         assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
-        masks = paste_blocks(b["masks"], *image.shape[-2:])
+        assert b["masks"].shape[-1] < 40 and b["canvas"] == image.shape[-2:]
+        masks = paste_blocks(detections_from_output(b, LabelMap((1, 2, 3), ("1", "2", "3"))).masks, *image.shape[-2:])
         assert (masks.astype(bool) == (a["masks"][:, 0] > 0.5).numpy()).all()
         assert torch.equal(a["masks"], c["masks"])  # the model is as before
 
@@ -107,8 +116,10 @@ def test_keypoint_rcnn_scores_the_same_with_the_head_on_the_best_twenty(few_prop
     torch.manual_seed(0)
     model = shake(build_model(spec_of("keypointrcnn_resnet50_fpn", detections_per_img=40)))
     plain = model(images())
+    fast = []
     with fast_scoring(model, 20):
-        fast = model(images())
+        waits = count_waits(lambda: fast.extend(model(images())))
+    assert waits["cpu"] == waits["tolist"] == 1  # the ranking and the sizes of boxes, for all detections
     assert max(len(output["boxes"]) for output in plain) > 30
     truth = keypoint_truth(plain)
     label_map, sigmas = LabelMap((1, 2, 3), ("1", "2", "3")), np.full(5, 0.1)
@@ -165,3 +176,73 @@ def test_labels_without_a_category_are_left_out():
     output = {"boxes": torch.rand(3, 4), "scores": torch.rand(3), "labels": torch.tensor([1, 2, 1])}
     detections = detections_from_output(output, LabelMap((5, -1), ("a", "N/A")))
     assert detections.category_ids.tolist() == [5, 5] and len(detections) == 2
+
+
+@torch.inference_mode()
+def test_keypoints_are_located_as_by_torchvision_after_one_wait():
+    """Bit by bit, for boxes from less than a pixel to a picture, with equal heats and with none."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (
+        torch.rand(12, 2, generator=generator)
+        * torch.tensor([0.5, 1, 1.5, 3, 20, 60, 90, 130, 40, 56, 7, 200])[:, None]
+    )
+    sides[9] = 56  # the size of the map
+    corners = torch.rand(12, 2, generator=generator) * 50
+    boxes = torch.cat([corners, corners + sides], dim=1)
+    maps = torch.randn(12, 5, 56, 56, generator=generator)
+    maps[3] = 0
+    maps[4] = maps[4].round()
+    points, heats = heatmaps_to_keypoints(maps, boxes)
+    located = locate_keypoints(maps, boxes)
+    assert torch.equal(located[0], points) and torch.equal(located[1], heats)
+    assert sum(count_waits(lambda: locate_keypoints(maps, boxes)).values()) == 1
+    assert [part.shape for part in locate_keypoints(maps[:0], boxes[:0])] == [(0, 5, 3), (0, 5)]
+
+
+@torch.inference_mode()
+def test_results_are_scaled_as_by_torchvision_without_a_wait():
+    generator = torch.Generator().manual_seed(0)
+    transform = GeneralizedRCNNTransform(100, 200, [0.5] * 3, [0.5] * 3)
+    shapes, originals = [(97, 131), (100, 200), (64, 33)], [(480, 641), (33, 66), (64, 33)]
+
+    def results():
+        generator.manual_seed(1)
+        return [
+            {
+                "boxes": torch.rand(n, 4, generator=generator) * 90,
+                "keypoints": torch.rand(n, 5, 3, generator=generator) * 90,
+            }
+            for n in (7, 0, 3)
+        ]
+
+    expected = transform.eval().postprocess(results(), shapes, originals)
+    model = torch.nn.Module()
+    model.transform = transform
+    with fast_scoring(model):
+        found = []
+        waits = count_waits(lambda: found.extend(transform.postprocess(results(), shapes, originals)))
+    assert not waits
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_all_outputs_of_a_batch_come_to_the_host_in_one_wait():
+    generator = torch.Generator().manual_seed(0)
+    outputs = [
+        {
+            "boxes": torch.rand(n, 4, generator=generator),
+            "labels": torch.arange(n) + 2**40,
+            "scores": torch.rand(n, generator=generator).to(torch.bfloat16),
+            "masks": torch.rand(n, 1, 5, 5, generator=generator).transpose(2, 3),
+            "canvas": (3, 4),
+        }
+        for n in (3, 0, 7)
+    ]
+    found = []
+    waits = count_waits(lambda: found.extend(outputs_on_host(outputs)))
+    assert sum(waits.values()) == 1
+    for a, b in zip(outputs, found, strict=True):
+        assert a.keys() == b.keys() and b["canvas"] == (3, 4)
+        for name in ("boxes", "labels", "scores", "masks"):
+            assert torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
+    assert outputs_on_host([]) == [] and outputs_on_host([{}]) == [{}]
