@@ -14,8 +14,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from annotations.labels import LabelMap
 from coco_eval import CocoEvaluator
+from evaluation.background import Background
 from evaluation.eval_result import EvalResult
-from evaluation.postprocess import fast_scoring
+from evaluation.postprocess import fast_scoring, outputs_on_host
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from loading.loaders import DeviceLoader
 from optimization.schedule import LearningRate
@@ -114,7 +115,8 @@ def evaluate(
 ) -> EvalResult | None:
     """Score ``model`` on ``loader``'s images; all ranks get the same result.
 
-    The model's mode and the random generators are afterwards as they were.
+    A batch is scored in a thread while the model works on the next one. The model's mode and the random generators are
+    afterwards as they were.
 
     Args:
         model: Bare, not in DDP: the ranks may have different numbers of batches.
@@ -122,7 +124,7 @@ def evaluate(
         evaluator: Holds the ground truth of the same images; what it held of detections is forgotten.
         label_map: What the model's labels mean.
         print_freq: Batches between log lines.
-        on_batch: Gets the image ids and detections of every batch.
+        on_batch: Gets the image ids and detections of every batch, in that thread.
         stop: Looked at by all ranks together every `EVAL_POLL` batches.
 
     Returns:
@@ -132,20 +134,27 @@ def evaluate(
     was_training = model.training
     evaluator.reset()
     model.eval()
+    start, scoring = time.perf_counter(), 0.0
+
+    def score(image_ids: list[int], outputs: list[dict[str, Any]]) -> None:
+        """Match a batch to the ground truth."""
+        nonlocal scoring
+        before = time.perf_counter()
+        with torch.inference_mode():  # each thread has a mode of its own
+            detections = evaluator.update(image_ids, outputs, label_map)
+        scoring += time.perf_counter() - before
+        on_batch(image_ids, detections)
+
     try:
-        start, scoring = time.perf_counter(), 0.0
         with (
             kept_generators(),
             fast_scoring(model, evaluator.max_keypoint_dets),
             progress_bar("Test", len(loader)) as bar,
+            Background() as background,
         ):
             for step, (images, targets) in enumerate(loader):
-                outputs = model(images)
-                image_ids = [target["image_id"] for target in targets]
-                before = time.perf_counter()
-                detections = evaluator.update(image_ids, outputs, label_map)
-                scoring += time.perf_counter() - before
-                on_batch(image_ids, detections)
+                outputs = outputs_on_host(model(images))  # the thread has nothing to do with the device
+                background.run(score, [target["image_id"] for target in targets], outputs)
                 bar.update()
                 # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.
                 polls = (step + 1) % EVAL_POLL == 0 and step + 1 < loader.batch_sampler.min_length
@@ -187,7 +196,8 @@ def validation_loss(model: nn.Module, loader: DeviceLoader) -> dict[str, float]:
                 image_id = targets[0]["image_id"]
                 seed_torch("validation loss", image_id)
                 losses = model(images, targets)
-                rows.append([image_id, len(images), {name: float(value) for name, value in losses.items()}])
+                values = torch.stack(list(losses.values())).tolist()
+                rows.append([image_id, len(images), dict(zip(losses, values))])
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -1,5 +1,6 @@
 """The training step: no update on a bad loss, no wait of its own, sums over steps and processes."""
 
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -417,6 +418,60 @@ def test_evaluation_restores_a_gpu_s_generator_too(monkeypatch):
     evaluate(Model(), ToyLoader(EvalBatchSampler(1)), ToyEvaluator(), None)
     validation_loss(Model(), ToyLoader(EvalBatchSampler(1)))
     assert len(seen) == 2 and 3 not in seen and generator.state == 3
+
+
+def test_a_batch_is_scored_while_the_model_works_on_the_next_and_never_more_than_one():
+    begun = [threading.Event() for _ in range(5)]
+    ended = []
+
+    class Model(nn.Module):
+        def forward(self, images):
+            step = sum(event.is_set() for event in begun)
+            assert ended == list(range(len(ended))) and len(ended) >= step - 1
+            begun[step].set()
+            return [{} for _ in images]
+
+    class Evaluator(ToyEvaluator):
+        def update(self, image_ids, outputs, label_map):
+            (step,) = image_ids
+            assert step + 1 == len(begun) or begun[step + 1].wait(20)
+            ended.append(step)
+            return super().update(image_ids, outputs, label_map)
+
+    written = []
+    ids = evaluate(
+        Model(),
+        ToyLoader(EvalBatchSampler(5)),
+        Evaluator(),
+        None,
+        on_batch=lambda image_ids, _: written.extend(image_ids),
+    )
+    assert ids == written == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 4])
+@pytest.mark.parametrize("where", ["update", "on_batch"])
+def test_what_fails_in_scoring_fails_the_evaluation(where, bad):
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            return [{} for _ in images]
+
+    class Evaluator(ToyEvaluator):
+        def update(self, image_ids, outputs, label_map):
+            if where == "update" and bad in image_ids:
+                raise ValueError(f"image {image_ids}")
+            return super().update(image_ids, outputs, label_map)
+
+    def on_batch(image_ids, detections):
+        if where == "on_batch" and bad in image_ids:
+            raise ValueError(f"image {image_ids}")
+
+    with pytest.raises(ValueError, match=rf"image \[{bad}\]"):
+        evaluate(Model(), ToyLoader(EvalBatchSampler(5)), Evaluator(), None, on_batch=on_batch)
+    assert len(seen) == min(bad + 2, 5)
 
 
 def test_an_evaluation_that_fails_restores_the_mode_too():
