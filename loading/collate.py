@@ -17,8 +17,8 @@ from torch import Tensor
 from loading.samples import Sample
 from loading.shared_memory import SharedSlots
 from models.object_block import BatchTargets, ObjectBlock
+from pixels.finish import finish_masks, finish_pictures
 from pixels.geometry import Placement
-from pixels.lazy_image import finish_masks, finish_pixels
 from pixels.masks import mask_edges
 
 Targets = list[dict[str, Any]]
@@ -141,11 +141,8 @@ def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], Targ
     buffer = batch.buffer.to(device, non_blocking=beside)
     num_levels = sum(3 * height * width for height, width in batch.image_sizes)
     # v2's to_dtype multiplies by 1 / 255 as well; dividing differs in the last bit.
-    images = batch.pictures(buffer[:num_levels].to(torch.float32).mul_(1 / 255))
-    images = [
-        image if placement is None else finish_pixels(image, placement)
-        for image, placement in zip(images, batch.placements)
-    ]
+    pictures = batch.pictures(buffer[:num_levels].to(torch.float32).mul_(1 / 255))
+    images = finish_pictures(pictures, batch.placements)
     targets: Targets = [{"image_id": image_id} for image_id in batch.image_ids]
     if not batch.fields:
         return images, targets

@@ -91,7 +91,7 @@ class DetectionDataset(Dataset[Sample]):
         flip_order: int [K], see `Placement.move_keypoints`.
         seed: The run's random seed, for augmentation.
         with_targets: Whether a sample has boxes and labels, or only its image id as scoring needs.
-        resize_on_device: Leave resizing, placing and mirroring to the device, see `lazy_image.finish_pixels`.
+        resize_on_device: Leave resizing, placing and mirroring to the device, see `finish_pictures`.
     """
 
     def __init__(

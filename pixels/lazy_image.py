@@ -18,14 +18,12 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.transforms.v2.functional import register_kernel
 
+from pixels.colours import LUMA, recolour
 from pixels.geometry import Placement, View
 
 # Pictures that shrink more are resized in the worker: CUDA's antialiasing kernel keeps 2 x shrink + 1 weights in shared
 # memory for each of 65 rows, and fails from about 94 on.
 MAX_DEVICE_SHRINK = 32
-
-# ITU-R BT.601 luma, the weights of torchvision's and Pillow's grey conversion.
-LUMA = (0.2989, 0.587, 0.114)
 
 
 class LazyImage(tv_tensors.Image):
@@ -248,7 +246,7 @@ def render(image: LazyImage, placement: Placement, resize: bool = True) -> np.nd
     Args:
         image: The source and its view.
         placement: ``image.shown.place()``.
-        resize: If False, only the crop is done here; `finish_pixels` does the rest, on any device.
+        resize: If False, only the crop is done here; `finish.finish_pictures` does the rest, on any device.
 
     Returns:
         uint8 [H, W, 3]: the canvas, or without ``resize`` the shown part at the source's resolution.
@@ -283,43 +281,6 @@ def _resize_pixels(pixels: np.ndarray, size: tuple[int, int], antialias: bool) -
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def finish_pixels(pixels: Tensor, placement: Placement) -> Tensor:
-    """Do on ``pixels``' device what `render` left out: resize, recolour, place on the canvas, mirror.
-
-    Args:
-        pixels: float [3, h, w] in 0..1, ``placement.source_size`` large.
-        placement: Where they go.
-
-    Returns:
-        float [3, placement.height, placement.width].
-    """
-    if placement.target_size != placement.source_size:
-        size, antialias = placement.target_size, placement.antialias
-        pixels = nnf.interpolate(pixels[None], size=size, mode="bilinear", antialias=antialias)[0]
-    if placement.colour_ops:
-        pixels = recolour(pixels.mul(255).round_(), placement.colour_ops).mul_(1 / 255)
-    if not placement.fills_canvas:
-        canvas = pixels.new_empty((3, placement.height, placement.width))
-        for plane, level in zip(canvas, placement.fill):  # a tensor of the three levels would have to be waited for
-            plane.fill_(level / 255)
-        left, top, right, bottom = placement.target
-        canvas[:, top:bottom, left:right] = pixels
-        pixels = canvas
-    return pixels.flip(-1) if placement.flipped else pixels
-
-
-def finish_masks(masks: Tensor, placement: Placement) -> Tensor:
-    """Do for masks, uint8 [N, h, w], what `finish_pixels` does for pixels; nearest neighbour, zeros around."""
-    if placement.target_size != placement.source_size and len(masks):
-        masks = nnf.interpolate(masks[:, None], size=placement.target_size, mode="nearest")[:, 0]
-    elif placement.target_size != placement.source_size:
-        masks = masks.new_zeros((0, *placement.target_size))
-    if not placement.fills_canvas:
-        left, top, right, bottom = placement.target
-        masks = nnf.pad(masks, (left, placement.width - right, top, placement.height - bottom))
-    return masks.flip(-1) if placement.flipped else masks
-
-
 def mean_grey(pixels: np.ndarray) -> float:
     """Return the mean grey level of uint8 [H, W, 3], estimated from every fourth pixel of every fourth row."""
     return float(np.floor(pixels[::4, ::4].astype(np.float32) @ np.array(LUMA, dtype=np.float32)).mean())
@@ -327,65 +288,9 @@ def mean_grey(pixels: np.ndarray) -> float:
 
 def _recolour_pixels(pixels: np.ndarray, ops: tuple[tuple[str, Any], ...]) -> np.ndarray:
     """Apply colour changes to uint8 [H, W, 3]."""
-    planes = recolour(torch.from_numpy(np.stack([pixels[:, :, c] for c in range(3)]).astype(np.float32)), ops)
+    planes = torch.from_numpy(np.stack([pixels[:, :, c] for c in range(3)]).astype(np.float32))
+    recolour(planes.flatten(1), [ops])
     changed = np.empty_like(pixels)
     for c, plane in enumerate(planes.numpy().astype(np.uint8)):
         changed[:, :, c] = plane
     return changed
-
-
-def recolour(planes: Tensor, ops: tuple[tuple[str, Any], ...]) -> Tensor:
-    """Apply colour changes, on any device.
-
-    The same operations as torchvision's ``adjust_*`` on uint8, each cut to whole levels as there.
-
-    Args:
-        planes: float [3, H, W], whole levels 0..255; overwritten.
-        ops: (name, value) in order, as `View.colour_ops`; the value of a contrast is (factor, `mean_grey` of the
-            whole source image), towards which it pulls.
-
-    Returns:
-        Of the same shape and range.
-    """
-    brightness = 1.0
-    for name, value in ops:
-        if name == "brightness":
-            planes.mul_(value).clamp_(max=255).floor_()
-            brightness *= value
-        elif name == "contrast":
-            factor, mean = value
-            planes.mul_(factor).add_((1 - factor) * min(mean * brightness, 255)).clamp_(0, 255).floor_()
-        elif name == "saturation":
-            grey = (planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]).floor_()
-            planes.mul_(value).add_(grey, alpha=1 - value).clamp_(0, 255).floor_()
-        elif name == "hue":
-            _shift_hue(planes, value)
-            planes.mul_(255.999 / 255).floor_()
-        elif name == "permute":
-            planes = torch.stack([planes[c] for c in value])
-        else:
-            raise ValueError(f"unknown colour change {name!r}")
-    return planes
-
-
-def _shift_hue(planes: Tensor, shift: float) -> None:
-    """Turn the hue of float [3, H, W] by ``shift`` of a full circle, in place.
-
-    In HSV a colour is f(n) = V - V S max(0, min(k, 4 - k, 1)) with k = (n + 6 H) mod 6 and n = 5, 3, 1 for
-    red, green, blue (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative); V S is max - min.
-    """
-    red, green, blue = planes
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    divisor = chroma.clamp(min=1e-6)
-    # Interpolating by 0 or 1 chooses exactly, several times faster than torch.where.
-    is_largest = torch.empty_like(value)
-    hue = ((red - green) / divisor).add_(4)
-    hue.lerp_(((blue - red) / divisor).add_(2), torch.eq(value, green, out=is_largest))
-    hue.lerp_((green - blue) / divisor, torch.eq(value, red, out=is_largest))
-    hue.add_(6 * shift)
-    for plane, n in zip(planes, (5, 3, 1)):
-        k = hue + n
-        k.sub_((k / 6).floor_(), alpha=6)
-        k = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(value, k, chroma, value=-1, out=plane)

@@ -21,8 +21,8 @@ from loading.copy_paste import CopyPaste, paste_objects
 from loading.loaders import DeviceLoader
 from loading.samples import DetectionDataset, Sample
 from loading.splits import label_map_for
+from pixels.finish import finish_masks
 from pixels.geometry import Placement
-from pixels.lazy_image import finish_masks
 from pixels.masks import MaskBlock, paste_blocks
 from presets import PRESETS, build_transforms
 

@@ -10,8 +10,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from loading.samples import DetectionDataset, LabelMap
 from loading.splits import load_shapes_split
+from pixels.finish import finish_masks, finish_pictures
 from pixels.geometry import View
-from pixels.lazy_image import LazyImage, finish_masks, finish_pixels, render
+from pixels.lazy_image import LazyImage, render
 from pixels.masks import block_from_mask, paste_blocks
 from presets import build_transforms
 from transforms import FixedSizeCrop, RandomIoUCrop
@@ -138,7 +139,7 @@ def test_finishing_on_the_device_equals_rendering_in_the_worker():
         placement = image.shown.place()
         in_worker = render(image, placement).astype(np.float32) / 255
         part = chw(render(image, placement, resize=False)).float() / 255
-        on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy()
+        on_device = finish_pictures([part], [placement])[0].permute(1, 2, 0).numpy()
         assert np.abs(in_worker - on_device).max() <= 1.01 / 255
 
 
@@ -153,7 +154,7 @@ def test_recolouring_on_the_device_equals_rendering_in_the_worker():
         placement = image.shown.place()
         in_worker = render(image, placement).astype(np.float32)
         part = chw(render(image, placement, resize=False)).float() / 255
-        on_device = finish_pixels(part, placement).permute(1, 2, 0).numpy() * 255
+        on_device = finish_pictures([part], [placement])[0].permute(1, 2, 0).numpy() * 255
         difference = np.abs(in_worker - on_device)
         assert difference.max() <= 8 and difference.mean() <= 0.5
         assert np.abs(on_device - on_device.round()).max() < 1e-3  # whole levels, as uint8 pictures have
