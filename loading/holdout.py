@@ -108,8 +108,10 @@ def hold_out(pool: Split, holdout: Holdout, *, cache_dir: Path | None = None) ->
     """
     assert isinstance(pool.images, ImageFolder)
     prints = fingerprint_images(pool.annotations, pool.images, pool.indices, cache_dir=cache_dir)
-    groups = group_equal(prints)
     digests = [digest[:DIGITS] for digest in prints.digests]
+    # A run that is continued with the same pictures need not compare them: all sides are known.
+    is_known = holdout.val.union(holdout.train).issuperset(digests)
+    groups = np.arange(len(digests)) if is_known else group_equal(prints)
     is_val = holdout.place(digests, groups)
     _say(pool, holdout, digests, groups, is_val)
     kept, held = pool.indices[~is_val], pool.indices[is_val]

@@ -257,6 +257,7 @@ def stopped_inside_epoch(root, out):
         (["--batch-size", "3"], "after batch 1 of epoch 0.*batch size 2, now 3.*samples would be lost or repeated"),
         (["--aspect-ratio-group-factor", "-1"], "groups 3, now -1"),
         (["--seed", "5"], "seed 0, now 5"),
+        (["--repeat-threshold", "1"], r"repeat factors None, now \w{16}"),
     ],
 )
 def test_going_on_inside_an_epoch_with_other_batches_is_refused(
