@@ -381,7 +381,7 @@ def _load_splits(
     if val is not None and not len(val.indices):
         raise ValueError(f"{val.name}: no images to evaluate on")
     if val is not None and source.val_fraction is not None:
-        raise ValueError(f"--val-fraction is for data without a validation split, and {val.name} is one: leave it out")
+        raise ValueError(f"--val-fraction is for data without a validation split, and {val.name} is one: leave one out")
     first = train or val
     assert first is not None
     return train, val, label_map or label_map_for(first.annotations)

@@ -224,6 +224,8 @@ def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, c
     (root / "val2017").rename((custom / "test").parent.mkdir() or custom / "test")
     found = names_with({"dataset": "custom", "data_path": str(custom)})
     assert [name.replace("custom/test", "coco/val2017") for name in found] == names
+    held_out = names_with({**flags, "val_fraction": 0.2})  # some of all pictures
+    assert 2 <= len(held_out) <= 7 and all(name.startswith(str(root / "train2017")) for name in held_out)
     for gone in ({}, flags, {"dataset": "shapes", "data_path": str(root)}):
         assert names_with(gone)[0] == "drawn picture 0"
 

@@ -1,9 +1,13 @@
 """Copies of a picture are found however they were saved; different pictures are not called copies."""
 
+import concurrent.futures
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from annotations.arrays import locked
 from annotations.findings import Findings
 from annotations.record_checks import Rules
 from coco_utils import annotations_from_records
@@ -87,6 +91,21 @@ def test_known_files_are_not_opened_again_until_they_change(tmp_path, monkeypatc
     assert again.digests == before.digests and (again.thumbnails == before.thumbnails).all()
     landscape(1).save(tmp_path / "a.png")
     assert fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "cache").digests != before.digests
+
+
+def test_a_process_that_waits_for_another_takes_what_that_one_has_seen(tmp_path, monkeypatch):
+    landscape(0).save(tmp_path / "a.png")
+    seen = fingerprints(tmp_path, ["a.png"], cache_dir=tmp_path / "other")
+    (memory,) = (tmp_path / "other").glob("looks-*.json")
+    monkeypatch.setattr("loading.duplicates._look_at", lambda *args, **options: pytest.fail("opened"))
+    cache = tmp_path / "cache"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with locked(cache / f"{memory.stem}.lock", "the test"):
+            waiting = pool.submit(fingerprints, tmp_path, ["a.png"], cache_dir=cache)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(timeout=0.3)
+            shutil.copy(memory, cache)
+        assert waiting.result(timeout=30).digests == seen.digests
 
 
 def test_groups_are_what_pairs_link_in_any_order():
