@@ -191,6 +191,7 @@ def test_every_flag_is_explained_and_every_flag_mentioned_exists():
     of_others = {"--check", "--dist", "--dport", "--logdir", "--signal"}  # ruff, pytest, iptables, tensorboard, sbatch
     of_others |= {"--task", "--input-format", "--input-folder", "--category-names"}  # labelformat
     of_others |= {"--images-rel-path", "--output-format", "--output-file"}
+    of_others |= {"--input-path", "--output-dir", "--save-media"}  # datumaro
     for page, text in PAGES.items():
         mentioned = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]*)", text))
         assert mentioned <= options | of_others, (page, mentioned - options - of_others)
