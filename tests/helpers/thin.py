@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
@@ -65,7 +65,9 @@ def build_thin_one_stage(name, num_classes=4, **options):
         return SSD(backbone, DefaultBoxGenerator([[2], [2, 3], [2, 3], [2], [2]]), (96, 112), num_classes, **options)
     options = {"min_size": (96, 128), "max_size": 160, **options}
     if name == "fcos":
-        return FCOS(_pyramid(32), num_classes, **options)  # its norms are of 32 groups
+        # Small enough anchors that the last level's objects exceed eight of them; its norms are of 32 groups.
+        anchors = AnchorGenerator(((4,), (6,), (8,), (10,), (12,)), ((1.0,),) * 5)
+        return FCOS(_pyramid(32), num_classes, anchor_generator=anchors, **options)
     model = RetinaNet(_pyramid(WIDTH), num_classes, **options)
     if name == "retinanet_giou":
         model.head.regression_head._loss_type = "giou"

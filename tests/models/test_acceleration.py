@@ -24,6 +24,7 @@ from models.acceleration import (
     use_channels_last,
 )
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from models.batched_step import use_batched_step
 from models.object_block import BatchTargets, objects_of
 
 CPU = torch.device("cpu")
@@ -172,6 +173,7 @@ def _train_in_ddp(rank, world_size, names):
         spec = ModelSpec(name, 3, num_keypoints=3 if "keypoint" in name else 0, **sizes)
         torch.manual_seed(0)
         model = build_model(spec).train()
+        use_batched_step(model)
         if hasattr(model, "roi_heads"):
             model.roi_heads.fg_bg_sampler.batch_size_per_image = 8  # for the time
         for variant in ("static", "plain") if name in LIGHT else ("static",):

@@ -20,6 +20,7 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import run
 from helpers.toy import ToyLoader
 from models.architectures import ModelSpec, build_model
+from models.batched_step import use_batched_step
 from optimization.optimizer import build_optimizer
 from optimization.schedule import LearningRate
 from optimization.weight_average import WeightAverage
@@ -196,11 +197,13 @@ def test_the_validation_loss_changes_nothing():
     assert not model.training and not model.norm.training
 
 
-def test_the_validation_loss_of_a_detector_is_its_training_loss_at_the_size_of_evaluation():
+@pytest.mark.parametrize("step", [use_batched_step, lambda model: None], ids=["batched", "torchvision's"])
+def test_the_validation_loss_of_a_detector_is_its_training_loss_at_the_size_of_evaluation(step):
     """A model that skips its resize in training, and draws a size, does neither here."""
     spec = ModelSpec("retinanet_resnet50_fpn", 3, min_size=(64, 96), max_size=128, skip_resize=True)
     torch.manual_seed(0)
     model = build_model(spec)
+    step(model)
     loader = [([torch.rand(3, 40, 50)], [{"image_id": 1, "boxes": torch.tensor([[4.0, 6.0, 30.0, 36.0]])}])]
     loader[0][1][0]["labels"] = torch.ones(1, dtype=torch.int64)
     shapes = []
