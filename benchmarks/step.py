@@ -54,6 +54,9 @@ def count_rows(name, args):
     models, kind = build_both(name, 64)
     rows = []
     for way, model in models.items():
+        if hasattr(model, "rpn"):  # numbers of boxes, which the counts do not depend on either
+            model.rpn._pre_nms_top_n["training"] = model.rpn._post_nms_top_n["training"] = 100
+            model.roi_heads.fg_bg_sampler.batch_size_per_image = 32
         for batch_size in args.batch_sizes:
             batch = draw_batch(images=batch_size, size=(64, 80), objects=args.objects, **kind)
             count = count_step(model, *batch, optimizer_of(model))

@@ -254,11 +254,11 @@ def as_on_a_gpu():
 
 
 def count_step(model, images, targets, optimizer):
-    """Count forward, by part, backward and update of the second of two equal steps: the first fills what is kept.
+    """Count forward, by part, backward and update, after a step with the first two pictures that fills what is kept.
 
     Args:
         model: A detector in training mode.
-        images: As the loader gives them.
+        images: As the loader gives them, two or more.
         targets: Likewise.
         optimizer: With fused kernels.
 
@@ -277,10 +277,10 @@ def count_step(model, images, targets, optimizer):
             handles += _count_apart(module, part, count)
     try:
         with as_on_a_gpu(), count:
-            for _ in range(2):
+            for number in (2, len(images)):
                 count.clear()
                 count.part = "losses"
-                losses = model(images, targets)
+                losses = model(images[:number], targets if number == len(images) else targets[:number])
                 count.part = "backward"
                 sum(losses.values()).backward()
                 count.part = "update"

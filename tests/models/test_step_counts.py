@@ -54,6 +54,9 @@ BOUNDS = {
     "ssd300_vgg16": (86, 0, 2),
     "retinanet_resnet50_fpn": (90, 0, 2),
     "fcos_resnet50_fpn": (114, 0, 2),
+    "fasterrcnn_resnet50_fpn": (298, 2, 2),
+    "maskrcnn_resnet50_fpn": (327, 2, 5),
+    "keypointrcnn_resnet50_fpn": (338, 2, 2),
 }
 
 
