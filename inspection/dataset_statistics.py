@@ -92,10 +92,11 @@ class SplitObjects:
 
 def format_split(part: SplitObjects) -> list[str]:
     """Return a few lines: images, objects, classes."""
-    annotations = part.annotations
-    per_image = np.diff(annotations.object_starts)
-    heights, widths = annotations.heights, annotations.widths
-    crowds = f", {n} of them crowds" if (n := int(annotations.is_crowd.sum())) else ""
+    annotations, is_member = part.annotations, part.split.is_member()
+    per_image = np.diff(annotations.object_starts)[is_member]
+    heights, widths = annotations.heights[is_member], annotations.widths[is_member]
+    num_crowds = np.count_nonzero(annotations.is_crowd & is_member[annotations.object_images()])
+    crowds = f", {num_crowds} of them crowds" if num_crowds else ""
     sizes, number = np.unique(
         np.stack([heights.astype(np.int64) * widths, widths, heights]), axis=1, return_counts=True
     )
@@ -109,8 +110,8 @@ def format_split(part: SplitObjects) -> list[str]:
     more = sum(count > 0 for _, count in counts) - 8
     empty = int((per_image == 0).sum())
     return [
-        f"{len(annotations)} images ({size}), {empty} without objects",
-        f"{annotations.num_objects} objects{crowds}: {classes}" + (f", and {more} classes more" if more > 0 else ""),
+        f"{len(per_image)} images ({size}), {empty} without objects",
+        f"{per_image.sum()} objects{crowds}: {classes}" + (f", and {more} classes more" if more > 0 else ""),
     ]
 
 

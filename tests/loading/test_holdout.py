@@ -267,7 +267,10 @@ def test_the_doctor_divides_alike_and_writes_both_sides(tmp_path, capsys):
     assert check_dataset.run([*flags, "--workers", "1"]) == 1 and "--val-fraction 0.2" in capsys.readouterr().out
     assert check_dataset.run([*flags, "--val-fraction", "0.25", "--write-coco", str(tmp_path / "out")]) == 0
     data = load(tmp_path / "pool")
-    assert f"--val-fraction 0.25 holds out {len(data.val.indices)} of 24 pictures" in capsys.readouterr().out
+    text, held = capsys.readouterr().out, len(data.val.indices)
+    assert f"--val-fraction 0.25 holds out {held} of 24 pictures" in text
+    for number in (24 - held, held):
+        assert f"  {number} images ({number} of 64 x 48 pixels), 0 without objects\n  {number} objects: " in text
     for role, split in (("train", data.train), ("val", data.val)):
         written = json.loads((tmp_path / "out" / f"{role}.json").read_text())
         assert {image["file_name"] for image in written["images"]} == names_of(split)
