@@ -118,9 +118,8 @@ def hold_out(pool: Split, holdout: Holdout, *, cache_dir: Path | None = None) ->
     train = replace(pool, indices=kept, members=np.setdiff1d(np.arange(len(pool.annotations)), held))
     val = replace(pool, name=f"{pool.name} (held out)", indices=held, members=held, unused=())
     _warn_of_one_sided(train, val)
-    sides = (frozenset(digest for digest, side in zip(digests, is_val.tolist()) if side == wanted) for wanted in (0, 1))
-    of_train, of_val = sides
-    return train, val, replace(holdout, train=holdout.train | of_train, val=holdout.val | of_val)
+    of_val = {digest for digest, side in zip(digests, is_val.tolist()) if side}
+    return train, val, replace(holdout, train=holdout.train | (set(digests) - of_val), val=holdout.val | of_val)
 
 
 def _say(pool: Split, holdout: Holdout, digests: Sequence[str], groups: np.ndarray, is_val: np.ndarray) -> None:
