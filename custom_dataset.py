@@ -20,11 +20,11 @@ from annotations.arrays import Annotations
 from annotations.fields import FIELDS
 from annotations.file_pairs import (
     Alone,
+    SimilarStems,
     files_by_stem,
     folder_with_stems,
     missing_partner,
     missing_partners,
-    similar_stem,
 )
 from annotations.findings import BadDataError, Findings
 from annotations.foreign_files import COCO, describe_json
@@ -35,10 +35,15 @@ from annotations.record_reader import Notes, Record
 from annotations.skeleton import Skeleton, flip_order, ignored_pairs
 from coco_utils import annotations_from_records, read_json
 from files import why_no_folder
-from pixels.image_files import examples, is_nearly_all, is_picture_name, list_folder
+from pixels.image_files import examples, folders_in, is_nearly_all, is_picture_name, list_folder
 from pixels.images import BadImageError, is_text, read_header
 
 logger = logging.getLogger(__name__)
+
+_SPLITS = ("train", "test")
+
+# What others call the list of boxes.
+_NAMES_OF_BOXES = ("bbox", "box", "boxes", "bounding_boxes", "boundingboxes")
 
 # So many jsons without image are looked into.
 MAX_STRANGERS = 3
@@ -224,7 +229,9 @@ def read_folder(
     """
     for folder in (split / "images", split / "annotations"):
         if not folder.is_dir():
-            expected = f"expected {split}/images and {split}/annotations with one json per image"
+            others = [p.name for p in folders_in(split.parent) if (p / "images").is_dir() and p.name not in _SPLITS]
+            hint = f"; is {split.parent / others[0]} meant?" if others and not split.exists() else ""
+            expected = f"expected {split}/images and {split}/annotations with one json per image{hint}"
             raise FileNotFoundError(f"{folder}: {why_no_folder(folder)}; {expected}")
     findings = Findings(on_bad_data) if findings is None else findings
     content = _Folder()
@@ -274,7 +281,18 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
         others = [name for name in list_folder(jsons).files if is_text(name)]
         found = f"{len(others)} other file(s), such as {examples(others)}" if others else "nothing"
         problem = f"no json for any of {len(image_of)} pictures; the folder holds {found}"
-        findings.error("pairs", str(jsons), problem, "expected one json per image, see the README for the format")
+        remedy = "expected one json per image, see the README for the format"
+        for suffix, dataset in ((".txt", "yolo"), (".xml", "voc")):
+            if others and all(name.lower().endswith(suffix) for name in others):
+                remedy = f"--dataset {dataset} reads such files, see docs/own_data.md"
+        if any(name.lower().endswith(".json") for name in list_folder(pictures).files):
+            remedy = f"the jsons in {pictures} belong there"
+        findings.error("pairs", str(jsons), problem, remedy)
+        return []
+    if not image_of:
+        among = [name for name in list_folder(jsons).files if is_picture_name(name)]
+        remedy = f"{jsons} has {len(among)} of them: move them there" if among else "add the pictures"
+        findings.error("pairs", str(pictures), "no pictures there", remedy)
         return []
     alone, without = sorted(set(image_of) - set(json_of)), sorted(set(json_of) - set(image_of))
     few = without if len(without) <= MAX_STRANGERS else []
@@ -282,16 +300,18 @@ def _pair_files(split: Path, findings: Findings) -> list[tuple[str, Path, Path]]
     if strangers and is_nearly_all(len(alone), len(image_of)):  # one file has the objects of all pictures
         return []
     lines: list[Alone] = []
+    similar = SimilarStems(alone, image_of, pictures)
     for stem in sorted(set(without) - set(strangers)):
-        problem = f"no image {pictures / stem}.*{similar_stem(stem, alone, image_of, pictures)}"
+        problem = f"no image {pictures / stem}.*{similar.of(stem)}"
         lines.append((str(jsons / json_of[stem]), problem, "add the image or remove the json"))
-    missing_partners(findings, jsons, lines, len(json_of), _of_other_split(split, "images", without))
+    missing_partners(findings, jsons, lines, len(json_of), _of_other_split(split, "images", without, similar))
     lines = []
+    similar = SimilarStems(without, json_of, jsons)
     for stem in alone:
-        problem = f"no annotation {jsons / stem}.json{similar_stem(stem, without, json_of, jsons)}"
+        problem = f"no annotation {jsons / stem}.json{similar.of(stem)}"
         remedy = 'add it ({"bboxes": []} for an image without objects) or remove the image'
         lines.append((str(pictures / image_of[stem]), problem, remedy))
-    missing_partners(findings, pictures, lines, len(image_of), _of_other_split(split, "annotations", alone))
+    missing_partners(findings, pictures, lines, len(image_of), _of_other_split(split, "annotations", alone, similar))
     return [(stem, pictures / image_of[stem], jsons / json_of[stem]) for stem in sorted(set(image_of) & set(json_of))]
 
 
@@ -311,8 +331,10 @@ def _report_stranger(split: Path, path: Path, findings: Findings) -> bool:
     return True
 
 
-def _of_other_split(split: Path, folder: str, stems: Sequence[str]) -> str:
-    """Say in which other split's folder the partners of files are; "" where they are in none."""
+def _of_other_split(split: Path, folder: str, stems: Sequence[str], similar: SimilarStems) -> str:
+    """Say in which other split's folder the partners of files are; "" where they are in none, or similar ones here."""
+    if any(map(similar.of, stems)):
+        return ""
     others = [path for path in split.parent.glob(f"*/{folder}") if path.parent != split]
     found = folder_with_stems(others, stems) if stems else None
     return f"{found} has them: are files of two splits mixed up?" if found else ""
@@ -339,7 +361,11 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
         entry = {"bboxes": [None] * len(entry["segmentations"]) or None, **entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("bboxes"), list):
         keys = f"one with {', '.join(map(short, entry))}" if isinstance(entry, dict) and entry else short(entry)
-        what, remedy = describe_json(entry) or (keys, "see the README for the format")
+        meant = [key for key in entry if key.lower().strip("_") in _NAMES_OF_BOXES] if isinstance(entry, dict) else []
+        remedy = (
+            f"call {short(meant[0])} 'bboxes', with [x1, y1, x2, y2] each" if meant else "see the README for the format"
+        )
+        what, remedy = describe_json(entry) or (keys, remedy)
         if what == COCO:
             remedy = _AS_COCO.format(json=annotation, pictures=split / "images")
         problem = f"expected an object with a list 'bboxes', got {what}"
@@ -349,8 +375,8 @@ def _read_pair(split: Path, stem: str, image: Path, annotation: Path, content: _
     for name in _PER_BOX:
         values = entry.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(boxes)):
-            found = len(values) if isinstance(values, list) else type(values).__name__
-            problem = f"{name}: {found} entries for {len(boxes)} boxes"
+            problem = f"{name}: {len(values)} entries" if isinstance(values, list) else f"{name} is {short(values)}"
+            problem += f" for {len(boxes)} boxes"
             findings.error("per box", str(annotation), problem, f"give {name} one entry per box", image=position)
             return
     for key in sorted(set(entry) - {"bboxes", *_PER_BOX}):

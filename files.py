@@ -51,9 +51,14 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def why_no_folder(path: Path) -> str:
-    """Say why there is no folder at ``path``: nothing is there, or a file is, there or higher up."""
+    """Say why there is no folder at ``path``: nothing is there, or a file is, or one in other letters' case."""
     there = next((part for part in (path, *path.parents) if part.exists()), path)
     if not there.is_file():
+        wanted = path.relative_to(there).parts[:1]
+        with contextlib.suppress(OSError):
+            for name in os.listdir(there) if wanted else ():  # noqa: PTH208
+                if name.casefold() == wanted[0].casefold():
+                    return f"no such folder, but {there / name} differs in upper and lower case"
         return "no such folder"
     return "a file, expected a folder" if there == path else f"no such folder, as {there} is a file"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from annotations.findings import Findings
-from pixels.image_files import is_nearly_all, list_folder, printable, spelling, unreadable_format
+from pixels.image_files import is_nearly_all, is_picture_name, list_folder, printable, spelling, unreadable_format
 from pixels.images import is_text
 
 # (where, what is wrong, what to do) of a file without its partner.
@@ -54,13 +54,38 @@ def files_by_stem(
     return found
 
 
-def similar_stem(stem: str, others: Sequence[str], name_of: dict[str, str], folder: Path) -> str:
-    """Say which file without a partner may be meant: one in another folder, or in other letters' case."""
-    for other in others:
-        if other.casefold() == stem.casefold():
-            return f"; {folder / name_of[other]} differs in upper and lower case"
-    same = [other for other in others if PurePosixPath(other).name == PurePosixPath(stem).name]
-    return f"; {folder / name_of[same[0]]} lies in another sub-folder" if len(same) == 1 else ""
+class SimilarStems:
+    """Tells which file without a partner may be meant by a stem that has none.
+
+    Args:
+        others: Stems without a partner.
+        name_of: {stem: name}.
+        folder: Where they are.
+    """
+
+    def __init__(self, others: Iterable[str], name_of: dict[str, str], folder: Path) -> None:
+        self.name_of, self.folder = name_of, folder
+        self.of_key: dict[tuple[str, str], list[str]] = {}
+        for other in others:
+            for key in self._keys(other):
+                self.of_key.setdefault(key, []).append(other)
+
+    @staticmethod
+    def _keys(stem: str) -> list[tuple[str, str]]:
+        """Return what is equal of stems that differ in some way."""
+        plain = stem.rpartition(".")[0] if is_picture_name(stem) else stem
+        return [
+            ("differs in upper and lower case", stem.casefold()),
+            ("differs by a picture's suffix in its name", plain),
+            ("lies in another sub-folder", PurePosixPath(stem).name),
+        ]
+
+    def of(self, stem: str) -> str:
+        """Say which one file may be meant, or nothing."""
+        for reason, key in self._keys(stem):
+            if len(found := self.of_key.get((reason, key), [])) == 1:
+                return f"; {self.folder / self.name_of[found[0]]} {reason}"
+        return ""
 
 
 def missing_partner(findings: Findings, place: str, problem: str, remedy: str) -> None:

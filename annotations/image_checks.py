@@ -110,13 +110,17 @@ def _report_missing(annotations: Annotations, root: Path, missing: dict[int, str
             findings.error("missing image", place, problem, "add it or correct its entry", image=i)
         return
     names = [annotations.file_name(i) for i in missing]
-    problem = f"{len(missing)} of {len(annotations)} images are not there, such as {printable(names[0])}: "
+    problem = f"{len(missing)} of {len(annotations)} images are not there, such as {names[0]!r}: "
     problem += missing[min(missing)]
     folders = [*folders_in(root), root.parent, *folders_in(root.parent), *root.parent.parent.glob(f"*/{root.name}")]
     folder = folder_with(folders, names)
     remedy = "give the folder that has them (--train-images, --val-images), or correct their file_name"
     if folder is not None:
         remedy = f"{folder} has them: give that folder, or the annotations of this one"
+    files = list_folder(root).files
+    if files and not any(map(is_picture_name, files)):  # an archive, maybe; those elsewhere are others
+        problem += f"; the folder holds no pictures at all, but {len(files)} other file(s), such as {examples(files)}"
+        remedy = "put them there, or give the folder that has them (--train-images, --val-images)"
     # To leave out all would leave nothing; some have a part of COCO's pictures and all of its annotations.
     left_out = missing if len(missing) < len(annotations) else ()
     findings.error("missing image", str(root), problem, remedy, images=left_out)
@@ -155,6 +159,10 @@ def _as_it_is(name: str) -> str:
     return name
 
 
+def _without_blanks(name: str) -> str:
+    return "".join(name.split())
+
+
 def _without_folder(name: str) -> str:
     return name.rpartition("/")[2]
 
@@ -167,6 +175,7 @@ def _without_suffix(name: str) -> str:
 # that is not there.
 _SIMILAR: dict[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
     "differs in upper and lower case": (str.casefold, str.casefold),
+    "differs in blanks": (_without_blanks, _without_blanks),
     "is what its %-codes say": (urllib.parse.unquote, urllib.parse.unquote),
     "has a suffix, file_name has none": (_without_suffix, _as_it_is),
     "has this name in another folder": (_without_folder, _without_folder),

@@ -117,9 +117,13 @@ class RecordReader:
             if value is None:
                 if not spec.missing:
                     # What tells null from a missing key helps to find it in the file.
-                    self.wrong(
-                        spec, n, f"{name} is {'null' if name in row else 'missing'}, expected {spec.form.expected}"
+                    problem = f"{name} is {'null' if name in row else 'missing'}, expected {spec.form.expected}"
+                    known = [other for record, other in FIELDS if record == self.record]
+                    meant = difflib.get_close_matches(name, set(map(str.lower, row)) - set(known), 1, cutoff=0.7)
+                    remedy = (
+                        f"is the entry {meant[0]!r} meant? It is called {name!r}" if meant and name not in row else ""
                     )
+                    self.wrong(spec, n, problem, remedy=remedy)
                 column.append(default)
                 continue
             try:

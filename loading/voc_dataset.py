@@ -18,7 +18,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from annotations.arrays import Annotations, cached_annotations
-from annotations.file_pairs import Alone, files_by_stem, missing_partners, similar_stem
+from annotations.file_pairs import Alone, SimilarStems, files_by_stem, missing_partners
 from annotations.findings import BadDataError, Finding, Findings
 from annotations.forms import FLAG, NAME, SIDE, short
 from annotations.normalised import NORMALISED
@@ -96,7 +96,11 @@ def find_list(root: Path, role: str) -> Path:
         NoSplitError: It has no list for the role.
     """
     folder = root / "ImageSets" / "Main"
-    for needed in (root / "Annotations", root / "JPEGImages", folder):
+    if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir() and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: {why_no_folder(folder)}; write train.txt and val.txt there, the stem of a picture in each line"
+        )
+    for needed in (root / "Annotations", root / "JPEGImages"):
         if not needed.is_dir():
             below = sorted(path.parent.name for path in root.glob("*/JPEGImages"))
             hint = f"; did you mean {root / below[0]}?" if below else ""
@@ -126,6 +130,7 @@ def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str
         findings.raise_errors()
     pairs: dict[str, tuple[str, Path, Path]] = {}
     alone: list[Alone] = []
+    similar_picture, similar_xml = SimilarStems(picture_of, picture_of, pictures), SimilarStems(xml_of, xml_of, xmls)
     for n, line in enumerate(lines):
         stem, place = spelling(line.strip()), f"{listing}: line {n + 1}"
         if not stem:
@@ -133,10 +138,10 @@ def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str
         if stem in pairs:
             findings.warn("list", place, f"{stem} is listed before", "it is used once")
         elif stem not in picture_of:
-            problem = f"no picture {pictures / stem}.*{similar_stem(stem, list(picture_of), picture_of, pictures)}"
+            problem = f"no picture {pictures / stem}.*{similar_picture.of(stem)}"
             alone.append((place, problem, "add it or remove the line (a line is a picture's stem)"))
         elif stem not in xml_of:
-            problem = f"no annotation {xmls / stem}.xml{similar_stem(stem, list(xml_of), xml_of, xmls)}"
+            problem = f"no annotation {xmls / stem}.xml{similar_xml.of(stem)}"
             alone.append((place, problem, "add it (without objects for a picture without any) or remove the line"))
         else:
             pairs[stem] = stem, pictures / picture_of[stem], xmls / xml_of[stem]

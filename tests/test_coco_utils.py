@@ -113,6 +113,10 @@ BAD = {
     "double category": (content(categories__0__id=3), r"category id 3 occurs twice"),
     "image id": (content(images__0__id=1.5), r"images\[0\]: id is 1\.5, expected a whole number or text"),
     "no file name": (content(images__0__file_name=KeyError), r"images\[0\]: file_name is missing"),
+    "other key": (
+        content(images__0__file_name=KeyError, images__0__filename="a.jpg"),
+        r"images\[0\]: file_name is missing, .*; is the entry 'filename' meant\? It is called 'file_name'",
+    ),
     "no size": (content(images__0__height=KeyError), r"images\[0\]: height is missing, expected a whole number of pixels"),
     "zero size": (content(images__0__width=0), r"images\[0\]: width is 0, expected a whole number of pixels, 1 to"),
     "parent path": (content(images__0__file_name="../a.jpg"), r"'\.\./a\.jpg' is a path that leaves its folder"),

@@ -63,6 +63,7 @@ def test_other_spellings_of_a_name_are_found(root, caplog, on_disk, in_json):
         ("000000.PNG", "000000.png differs in upper and lower case"),
         ("day/000000.png", "000000.png has this name in another folder"),
         ("000000.jpg", "000000.png has another suffix"),
+        (" 000000.png", "000000.png differs in blanks"),
         ("000000", "000000.png has a suffix, file_name has none"),
         ("%30%30%30000.png", "000000.png is what its %-codes say"),
         ("none.png", "no such file; add it"),
@@ -80,6 +81,11 @@ OTHERS = {
     "the other split's folder": (lambda name: f"v{name}", "val2017", "val2017 has them: give that folder, or the"),
     "the folder above": (lambda name: f"pictures/{name}", "pictures", "coco has them: give that folder"),
     "a sub-folder": (lambda name: name, "train2017/day", "train2017/day has them: give that folder"),
+    "an archive": (
+        lambda name: f"z{name}",
+        "val2017",
+        "the folder holds no pictures at all, but 1 other file(s), such as t.",
+    ),
     "no suffix": (lambda name: name[:-4], "train2017", "000000.png has a suffix, file_name has none; give the folder"),
     "nowhere": (lambda name: f"x{name}", "val2017", "no such file; give the folder that has them (--train-images"),
 }
@@ -93,11 +99,13 @@ def test_nearly_all_missing_is_said_once_with_the_folder_that_has_them(root, whe
     (root / folder).mkdir(exist_ok=True)
     for old, new in zip([f"{i:06d}.png" for i in range(6)], names):
         if where != "nowhere":
+            if where == "an archive":
+                (root / "train2017" / "t.zip").touch()
             (root / "train2017" / old).rename(root / folder / (new if where != "no suffix" else old).rpartition("/")[2])
     with pytest.raises(BadDataError) as caught:
         load(root, on_bad_data=on_bad_data)
     (line,) = str(caught.value).splitlines()[1:]
-    assert line.startswith(f"{root / 'train2017'}: 6 of 6 images are not there, such as {names[0]}: ")
+    assert line.startswith(f"{root / 'train2017'}: 6 of 6 images are not there, such as {names[0]!r}: ")
     assert expected in line
 
 
@@ -108,7 +116,7 @@ def test_a_part_of_the_pictures_can_be_used_with_skip(root, caplog):
     content["images"] += [{**content["images"][1], "id": i, "file_name": f"{i}.png"} for i in range(100, 110)]
     path.write_text(json.dumps(content))
     assert load(root, on_bad_data="skip").train.indices.tolist() == [0]
-    assert "15 of 16 images are not there, such as x000001.png: no such file; they are left out" in caplog.text
+    assert "15 of 16 images are not there, such as 'x000001.png': no such file; they are left out" in caplog.text
 
 
 def test_two_files_spelled_alike_are_not_chosen_from(root):

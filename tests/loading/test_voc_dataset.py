@@ -1,6 +1,7 @@
 """Pascal VOC's layout: read as it stands, and whatever is wrong with it is one line with file and place."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,13 @@ def test_a_missing_list_or_folder_says_what_is_expected(tmp_path):
         load(root)
     with pytest.raises(FileNotFoundError, match=r"Annotations: no such folder; .*did you mean .*VOCdevkit/VOC2012\?"):
         load_voc_split(tmp_path / "VOCdevkit", "train")
+
+
+def test_without_lists_it_says_how_to_write_them(tmp_path):
+    root = draw_voc(tmp_path)
+    shutil.rmtree(root / "ImageSets")
+    with pytest.raises(FileNotFoundError, match=r"ImageSets/Main: no such folder; write train\.txt and val\.txt there"):
+        load(root)
 
 
 def test_a_size_that_is_missing_is_the_pictures_own(tmp_path, caplog):
