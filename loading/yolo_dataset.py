@@ -21,7 +21,7 @@ from annotations.forms import short
 from annotations.record_checks import Rules
 from annotations.record_reader import Notes, Record
 from coco_utils import annotations_from_records
-from files import read_text
+from files import describe_content, read_text
 from loading.samples import ImageFolder
 from loading.split import NoSplitError, Split, checked_split
 from loading.yolo_yaml import YoloInfo, find_yaml, read_yolo_info
@@ -115,6 +115,7 @@ def find_pictures(info: YoloInfo, role: str, findings: Findings) -> FoundPicture
     are_all = True
     for entry in info.pictures[role]:
         place = f"{info.path}: {role}"
+        entry = entry.replace("\\", "/")  # from Windows
         where = Path(os.path.normpath(info.root / entry))
         if not where.exists() and entry.startswith("../"):  # as Roboflow writes folders that lie beside the yaml
             where = Path(os.path.normpath(info.root / entry.removeprefix("../")))
@@ -168,7 +169,17 @@ def label_path(picture: str) -> str:
 
 
 def _is_label_name(name: str) -> bool:
-    return name.endswith(".txt")
+    return name.lower().endswith(".txt")
+
+
+def _labels_elsewhere(picture: str, wanted: str) -> str:
+    """Say where the labels of a picture are that has none where they belong; "" where they are not found."""
+    folder, _, name = wanted.rpartition("/")
+    above, _, last = folder.rpartition("/")
+    others = [f"{picture.rpartition('.')[0]}.txt", f"{above}/{name}", f"{folder}/labels/{name}"]
+    for part in ("Labels", "label", "annotations", "Annotations", "txt"):
+        others += [wanted.replace("/labels/", f"/{part}/"), f"{above}/{part}/{last}/{name}", f"{above}/{part}/{name}"]
+    return next((other for other in others if other != wanted and Path(other).is_file()), "")
 
 
 def _find_labels(found: FoundPictures, place: str, findings: Findings, *, are_all: bool) -> None:
@@ -178,13 +189,15 @@ def _find_labels(found: FoundPictures, place: str, findings: Findings, *, are_al
     for folder in sorted({path.rpartition("/")[0] for path in wanted}):
         if Path(folder).is_dir():
             names = sorted(entry.name for entry in Path(folder).iterdir() if _is_label_name(entry.name))
-            on_disk |= {f"{folder}/{spelling(name)}": f"{folder}/{name}" for name in names}
+            on_disk |= {f"{folder}/{spelling(name[:-4])}.txt": f"{folder}/{name}" for name in names}
     keys = [f"{folder}/{spelling(name)}" for folder, _, name in (path.rpartition("/") for path in wanted)]
     found.labels = [on_disk.get(key) for key in keys]
     without = [picture for picture, label in zip(found.pictures, found.labels) if label is None]
     if len(without) == len(wanted):
         problem = f"none of {len(wanted)} pictures has a label file; that of {without[0]} would be {wanted[0]}"
-        findings.error("labels", place, problem, "put the label files there")
+        elsewhere = _labels_elsewhere(without[0], wanted[0])
+        remedy = f"put the label files there{f'; one is {elsewhere}' if elsewhere else ''}"
+        findings.error("labels", place, problem, remedy)
     elif without:
         problem = f"{len(without)} of {len(wanted)} pictures have no label file: {examples(without)}"
         findings.warn("labels", place, problem, "they count as pictures without objects")
@@ -246,11 +259,13 @@ class _Rows:
         try:
             lines = read_text(Path(label)).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            problem = (
-                "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-            )
-            findings, position = self.findings, image["id"] - 1
-            findings.error("labels", label, problem, "write one object a row, as text", image=position)
+            if isinstance(error, UnicodeDecodeError):
+                known = describe_content(Path(label)) or ""
+                problem = "text in UTF-16" if "UTF-16" in known else f"not UTF-8 text (byte {error.start})"
+            else:
+                problem = f"cannot be read ({error.strerror})"
+            remedy = "save it as UTF-8, one object a row"
+            self.findings.error("labels", label, problem, remedy, image=image["id"] - 1)
             return
         for n, line in enumerate(lines):
             if not line.strip():
@@ -270,13 +285,14 @@ class _Rows:
             numbers = [float(text) for text in texts]
         except ValueError:
             wrong = next(text for text in texts if not _is_number(text))
-            raise _RowError(f"expected numbers, got {short(wrong)}", "correct or remove the row") from None
+            raise _RowError(f"expected numbers, got {short(wrong)}", self._remedy_for_text(texts, wrong)) from None
         if not all(map(math.isfinite, numbers)):
             raise _RowError("a number is not finite", "correct or remove the row")
         k, num_classes = numbers[0], len(self.info.classes)
         if not k.is_integer() or not 0 <= k < num_classes:
             problem = f"class {texts[0]}, expected 0 to {num_classes - 1}, as {self.info.path.name} names them"
-            raise _RowError(problem, "correct it, or add the class to names")
+            remedy = "; classes count from 0" if k == num_classes else ""
+            raise _RowError(problem, f"correct it, or add the class to names{remedy}")
         record: Record = {"category_id": int(k) + 1}
         numbers = numbers[1:]
         pose = self.info.num_keypoints * self.info.point_size
@@ -296,6 +312,16 @@ class _Rows:
             return f"5 (class and box) or {5 + count * size} ({count} keypoints of {size}, as kpt_shape says)"
         return "5 (class, centre x, centre y, width, height), or a class and an outline of 3 points or more"
 
+    def _remedy_for_text(self, texts: list[str], wrong: str) -> str:
+        """Return what to do about a row with a word where a number belongs."""
+        if wrong == texts[0] and wrong in self.info.classes:
+            return f"give the class by its number: {wrong!r} is {self.info.classes.index(wrong)}"
+        if len(texts) == 1 and "," in wrong:
+            return "put blanks between the numbers, not commas"
+        if _is_number(wrong.replace(",", ".")):
+            return "write a point in decimal numbers, not a comma"
+        return "correct or remove the row"
+
     def _remedy(self, found: int) -> str:
         if self.info.num_keypoints:
             return "correct the row, or kpt_shape"
@@ -309,7 +335,12 @@ class _Rows:
         if w <= 0 or h <= 0:
             raise _RowError(f"a box {w:g} wide and {h:g} high has no inside", "correct or remove the row")
         corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-        cut = self._cut(corners, "box", place)
+        try:
+            cut = self._cut(corners, "box", place)
+        except _RowError as error:
+            if min(numbers) >= 0 and max(numbers) <= 1 and x < w and y < h:
+                error.remedy += "; as corners x1, y1, x2, y2 it would lie inside: write centre, width and height"
+            raise
         if cut == corners:
             return [x * width - w * width / 2, y * height - h * height / 2, w * width, h * height]
         return _box_of(cut[::2], cut[1::2], width, height)

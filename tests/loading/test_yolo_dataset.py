@@ -151,15 +151,18 @@ def test_a_little_outside_is_cut_with_one_remark_and_six_decimals_are_exact(tmp_
 
 
 BAD_ROWS = {
+    "commas": ("0,0.5,0.5,0.1,0.1", r"expected numbers, got '0,0\.5,.*'; put blanks between the numbers, not commas"),
+    "decimal commas": ("0 0,5 0,5 0,1 0,1", r"expected numbers, got '0,5'; write a point in decimal numbers"),
+    "corners": ("0 0.6 0.7 0.95 0.98", r"the box reaches to 1\.19, .*; as corners x1, y1, x2, y2 it would lie inside"),
     "text": ("0 0.5 half 0.1 0.1", r"expected numbers, got 'half'"),
     "nan": ("0 0.5 nan 0.1 0.1", r"a number is not finite"),
     "too few": ("0 0.5 0.5 0.1", r"4 numbers, expected 5 \(class, centre x"),
     "score": ("0 0.5 0.5 0.1 0.1 0.9", r"6 numbers, expected 5 .*sixth number is the score of a prediction"),
     "two points": ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.2", r"8 numbers, expected 5"),
-    "class": ("2 0.5 0.5 0.1 0.1", r"class 2, expected 0 to 1, as data\.yaml names them"),
+    "class": ("2 0.5 0.5 0.1 0.1", r"class 2, expected 0 to 1, as data\.yaml names them; .*; classes count from 0$"),
     "class -1": ("-1 0.5 0.5 0.1 0.1", r"class -1, expected 0 to 1"),
     "class 0.5": ("0.5 0.5 0.5 0.1 0.1", r"class 0\.5, expected 0 to 1"),
-    "name": ("cat 0.5 0.5 0.1 0.1", r"expected numbers, got 'cat'"),
+    "name": ("cat 0.5 0.5 0.1 0.1", r"expected numbers, got 'cat'; give the class by its number: 'cat' is 0"),
     "pixels": ("0 40 30 20 20", r"the box reaches to 50, far outside the picture; .*these look like pixels"),
     "far": ("0 0.9 0.5 0.5 0.1", r"the box reaches to 1\.15, far outside the picture; numbers are shares"),
     "empty": ("0 0.5 0.5 0 0.1", r"a box 0 wide and 0\.1 high has no inside"),
@@ -185,7 +188,7 @@ def test_a_wrong_row_is_one_line_with_its_number_and_can_be_skipped(tmp_path, ca
 def test_a_label_file_that_is_no_text_is_named(tmp_path):
     path = draw_yolo(tmp_path)
     (tmp_path / "labels/train/b.txt").write_bytes(b"\xff\xfe\0\x81")
-    with pytest.raises(BadDataError, match=r"b\.txt: not UTF-8 text; write one object a row, as text"):
+    with pytest.raises(BadDataError, match=r"b\.txt: text in UTF-16; save it as UTF-8, one object a row"):
         load(path)
     assert len(load(path, on_bad_data="skip").train.annotations) == 2
 
@@ -195,6 +198,25 @@ def test_a_wrong_label_folder_is_an_error_not_a_set_of_background(tmp_path):
     (tmp_path / "labels/train").rename(tmp_path / "labels/training")
     with pytest.raises(BadDataError, match=r"none of 3 pictures has a label file; .*would be .*labels/train/a\.txt"):
         load(path)
+
+
+@pytest.mark.parametrize("where", ["images/train/{}", "labels/{}", "Labels/train/{}", "annotations/train/{}"])
+def test_labels_in_another_place_are_named(tmp_path, where):
+    path = draw_yolo(tmp_path)
+    for label in list((tmp_path / "labels/train").iterdir()):
+        target = tmp_path / where.format(label.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        label.rename(target)
+    with pytest.raises(BadDataError, match=rf"put the label files there; one is .*/{where.format('a.txt')}$"):
+        load(path)
+
+
+def test_names_from_windows_are_found(tmp_path):
+    path = draw_yolo(tmp_path, train="images\\train")
+    for label in list((tmp_path / "labels/train").iterdir()):
+        label.rename(label.with_suffix(".TXT"))
+    (tmp_path / "labels/train/a.TXT").write_bytes("\ufeff0 0.5 0.5 0.25 0.5\r\n".encode())
+    assert load(path).train.annotations.num_objects == 5
 
 
 def test_files_that_are_not_used_are_named(tmp_path, caplog):
