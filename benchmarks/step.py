@@ -58,7 +58,7 @@ def count_rows(name, args):
             model.rpn._pre_nms_top_n["training"] = model.rpn._post_nms_top_n["training"] = 100
             model.roi_heads.fg_bg_sampler.batch_size_per_image = 32
         for batch_size in args.batch_sizes:
-            batch = draw_batch(images=batch_size, size=(64, 80), objects=args.objects, **kind)
+            batch = draw_batch(images=batch_size, size=(72, 90), objects=args.objects, **kind)
             count = count_step(model, *batch, optimizer_of(model))
             parts = "backbone", "head", "transform", "anchors", "rpn", "roi heads", "losses"
             found = {part: (count.operations[part], count.waits_of(part)) for part in parts if count.operations[part]}

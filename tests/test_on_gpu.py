@@ -39,6 +39,7 @@ def try_on_cpu(folder, *flags):
     return {(line["step"], line["name"]): line for line in lines}, (folder / "out" / "figures.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_step_of_a_trial_writes_its_figures_and_what_is_done_is_not_done_again(tmp_path):
     steps = ["--steps", "environment", "slot_batches", "out_of_memory"]
     figures, tables = try_on_cpu(tmp_path, *steps)
@@ -116,6 +117,16 @@ def test_what_fails_is_noted_and_tried_again_by_the_next_run(tmp_path):
     assert lines["a"]["value"] == 1 and "failed" not in lines["a"]
     assert (tmp_path / "figures.jsonl").read_text().removeprefix(written).count('"name": "b"') == 0
     assert "and this is why" in (tmp_path / "fails_in_part.log").read_text()
+
+
+def test_a_line_that_was_cut_in_two_is_written_again(tmp_path):
+    do(fails_in_part, tmp_path)
+    path = tmp_path / "figures.jsonl"
+    path.write_text(path.read_text()[:-40])
+    assert "" not in on_gpu.Figures(path, "fails_in_part", 2.0).lines()
+    (tmp_path / "mended").touch()
+    lines = do(fails_in_part, tmp_path, started=2.0)
+    assert lines[""]["ended"] == "in good order" and lines["a"]["value"] == lines["b"]["value"] == 1
 
 
 def test_after_a_failure_of_the_gpu_the_rest_is_done_in_a_new_process(tmp_path):
