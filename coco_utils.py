@@ -4,6 +4,7 @@ Records are checked by `annotations.record_checks`; folders are brought into COC
 """
 
 import contextlib
+import difflib
 import gc
 import itertools
 import json
@@ -165,6 +166,10 @@ def _sections(path: Path, content: Any) -> tuple[list[Record], list[Record], lis
         problem = f"expected an object with images, annotations and categories, got {what}"
         raise BadDataError([Finding("json", str(path), problem, remedy)])
     sections = []
+    if "annotations" not in content and "categories" in content:
+        for key in difflib.get_close_matches("annotations", content, 1, cutoff=0.7):
+            problem = f"no entry 'annotations', but {short(key)}"
+            findings.error("json", str(path), problem, "call it 'annotations' if it holds the objects")
     for name in ("images", "annotations", "categories"):
         section = content.get(name, [] if name == "annotations" else None)
         if not isinstance(section, list):

@@ -7,7 +7,6 @@ formats are brought into COCO's records first. Each check returns its field as a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -137,7 +136,14 @@ def check_objects(
     is_unknown = [id_ not in names for id_ in of_categories]
     if len(unknown := np.flatnonzero(is_unknown).tolist()):
         classes = ids_by_class((name, reader.notes.id_texts.get(id_, id_)) for id_, name in names.items())
-        _report_unknown(reader, "category_id", unknown, "categories", lambda given: explain_class(given, classes))
+        _report_unknown(
+            reader,
+            "category_id",
+            unknown,
+            "categories",
+            lambda given: explain_class(given, classes),
+            min(names, default=0) == 1,
+        )
     _check_own_ids(reader)
     _check_counts(reader, positions, rules)
     _fill_in_boxes(reader, positions, heights, widths, rules)
@@ -149,14 +155,22 @@ def check_objects(
 
 
 def _report_unknown(
-    reader: RecordReader, name: str, unknown: Sequence[int], what: str, explain: Callable[[Any], str]
+    reader: RecordReader,
+    name: str,
+    unknown: Sequence[int],
+    what: str,
+    explain: Callable[[str], str],
+    counts_from_one: bool = False,
 ) -> None:
     """Report objects whose ``image_id`` or ``category_id`` nothing has, and what may be meant by it."""
     for n in unknown:
         given = reader.rows[n].get(name)
         meant = explain(given) if isinstance(given, str) else ""
         problem = f"{name} {short(given)} is not among the {what}"
-        reader.wrong(FIELDS["object", name], n, problem, remedy=f"{meant}; give the id" if meant else "")
+        remedy = f"{meant}; give the id" if meant else ""
+        if name == "category_id" and given == 0 and counts_from_one:
+            remedy = "the categories count from 1: if these ids count from 0, all of them are one too low"
+        reader.wrong(FIELDS["object", name], n, problem, remedy=remedy)
 
 
 def _fill_in_boxes(

@@ -1,5 +1,6 @@
 """The masks of annotations and results in one of two forms: polygons, or COCO's compressed run lengths."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from annotations.fields import FIELDS
 from annotations.forms import COUNT, SEGMENTATION, SIDE, short
 from annotations.normalised import MIN_SIDE
 from annotations.record_reader import Record, RecordReader
+from pixels.image_files import is_nearly_all
 from pixels.masks import block_from_rle, check_run_lengths, compress_rle, rle_from_polygons
 
 
@@ -60,19 +62,38 @@ def check_segmentations(
         if problem:
             shapes.rles[n] = b""
             reader.wrong(field, n, problem)
+    given = [bool(value) for value in column]
     _drop_short_polygons(reader, shapes.polygons)
     _report_normalised(reader, shapes.polygons, image_of_object, heights, widths)
     if "segm" in reader.uses:
-        for n in range(len(column)):
-            if shapes.polygons[n] or shapes.rles[n]:
-                continue
-            if reader.record == "object":
-                reader.wrong(field, n, "no segmentation, but masks are used", remedy="add polygons, or use boxes only")
-            else:
-                reader.notes.add(
-                    ("empty",), "empty mask", reader.place(n), "a mask without a pixel", "it finds nothing"
-                )
+        _report_maskless(reader, [n for n in range(len(column)) if not (shapes.polygons[n] or shapes.rles[n])], given)
     return shapes
+
+
+def _report_maskless(reader: RecordReader, maskless: Sequence[int], given: Sequence[bool]) -> None:
+    """Report objects without a mask, all of them at once where nearly none has one; remark results without.
+
+    Args:
+        reader: Reads the objects or results.
+        maskless: Their positions.
+        given: Whether each object or result has something as its segmentation.
+    """
+    if reader.record != "object":
+        for n in maskless:
+            reader.notes.add(("empty",), "empty mask", reader.place(n), "a mask without a pixel", "it finds nothing")
+        return
+    field, remedy = FIELDS["object", "segmentation"], "add polygons, or use boxes only"
+    absent = [n for n in maskless if not given[n] and n not in reader.dropped]
+    if is_nearly_all(len(absent), len(given)):
+        problem = f"{len(absent)} of {len(given)} objects have no segmentation, but masks are used"
+        reader.findings.error("segmentation", reader.place(absent[0]), problem, remedy, objects=absent)
+        absent = []
+    for n in absent:
+        reader.wrong(field, n, "no segmentation, but masks are used", remedy=remedy)
+    for n in maskless:
+        if given[n]:
+            problem = f"segmentation is {short(reader.rows[n].get('segmentation'))}, which has no inside"
+            reader.wrong(field, n, problem, remedy="give polygons of three points or more")
 
 
 def box_of_segmentation(segmentation: Any, height: int, width: int) -> list[float] | None:

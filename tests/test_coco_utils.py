@@ -110,6 +110,19 @@ BAD = {
     "no categories": ({**content(), "categories": []}, r"no categories"),
     "images missing": ({k: v for k, v in content().items() if k != "images"}, r"list of objects under 'images'"),
     "category without name": (content(categories__0__name=KeyError), r"categories\[0\]: name is missing, expected a name"),
+    "objects under another key": (
+        {**{k: v for k, v in content().items() if k != "annotations"}, "annotation": content()["annotations"]},
+        r"no entry 'annotations', but 'annotation'; call it 'annotations' if it holds the objects",
+    ),
+    "ids from 0": (
+        content(categories__0__id=1, annotations__0__category_id=0),
+        r"category_id 0 is not among .*; the categories count from 1: if these ids count from 0, all of them are one too",
+    ),
+    "a box as polygon": (
+        content(annotations__0__segmentation=[[5, 6, 20, 30]]),
+        r"segmentation is \[\[5, 6, 20, 30\]\], which has no inside; give polygons of three points or more",
+    ),
+    "no masks": (content(), r"^1 error.*\n.*2 of 2 objects have no segmentation, but masks are used; add polygons"),
     "double category": (content(categories__0__id=3), r"category id 3 occurs twice"),
     "image id": (content(images__0__id=1.5), r"images\[0\]: id is 1\.5, expected a whole number or text"),
     "no file name": (content(images__0__file_name=KeyError), r"images\[0\]: file_name is missing"),
