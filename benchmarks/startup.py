@@ -1,6 +1,6 @@
-"""Start-up and memory: annotations of COCO's size from their json and from the cache, and of Objects365's from the cache.
+"""Start-up and memory: annotations of COCO's size from their files and from the cache, and of Objects365's from the cache.
 
-    python benchmarks/startup.py                  # about five minutes; needs 3 GB of disk and 6 GB of memory
+    python benchmarks/startup.py                  # about ten minutes; needs 4 GB of disk and 6 GB of memory
     python benchmarks/startup.py --images 10000   # a quick look
 
 Every figure comes from a process of its own. "private" is memory that only one process holds, on top of the same
@@ -21,6 +21,7 @@ from pathlib import Path
 from common import Measured, in_fresh_process, machine, private_mb, table  # isort: skip
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from synthetic import CATEGORIES, coco_size_json
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -28,8 +29,21 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from annotations.arrays import Annotations, cached_annotations, join_bytes, load_annotations, save_annotations
 from coco_utils import read_coco
 from group_by_aspect_ratio import GroupedBatchSampler
+from loading.splits import CocoPaths, load_coco_split
+from loading.voc_dataset import load_voc_split
+from loading.yolo_dataset import load_yolo_split
 
 WORKERS = 4
+
+
+# Splits of the formats, from the folder that `write_formats` fills.
+FORMATS = {
+    "YOLO txt": lambda root, cache: load_yolo_split(root / "data.yaml", "train", cache_dir=cache),
+    "COCO json": lambda root, cache: load_coco_split(
+        CocoPaths(root / "images/train", root / "a.json"), cache_dir=cache
+    ),
+    "VOC xml": lambda root, cache: load_voc_split(root, "train", cache_dir=cache),
+}
 
 
 class Touched(Dataset):
@@ -74,6 +88,8 @@ def load(way, path, cache):
         return json.loads(Path(path).read_text())
     if way == "COCO()":
         return COCO(path)
+    if way in FORMATS:  # with all that a run does: pictures are looked for, and compared with their annotations
+        return FORMATS[way](Path(path), Path(cache)).annotations
     return cached_annotations(Path(path), lambda: read_coco(Path(path), uses=("segm",)), Path(cache))
 
 
@@ -175,10 +191,61 @@ def compare_coco_size(folder, images):
     print(table(rows, list(rows[0])))
 
 
+def write_formats(root, images, objects=7):
+    """Write the same boxes as one COCO json, as YOLO's txt files and as VOC's xml files; pictures are links to a few."""
+    rng = np.random.default_rng(0)
+    height, width = 48, 64
+    for folder in ("images/train", "labels/train", "Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for k in range(images // 25_000 + 1):  # a file can have 65,000 links
+        Image.new("RGB", (width, height), (40 * k, 90, 90)).save(root / f"{k}.jpg")
+    records, annotations, stems = [], [], [f"{i:012d}" for i in range(images)]
+    for i, stem in enumerate(stems):
+        for folder in ("images/train", "JPEGImages"):
+            (root / folder / f"{stem}.jpg").hardlink_to(root / f"{i // 25_000}.jpg")
+        corners = np.sort(rng.integers(0, (width, height), (objects, 2, 2)), axis=1) + [[0, 0], [1, 1]]
+        boxes, labels = corners.reshape(objects, 4).tolist(), rng.integers(80, size=objects).tolist()
+        rows, xml = [], [f"<size><width>{width}</width><height>{height}</height></size>"]
+        for (x1, y1, x2, y2), label in zip(boxes, labels):
+            shares = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+            rows.append(f"{label} " + " ".join(f"{share:.6f}" for share in shares))
+            corners = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+            name = f"<name>{CATEGORIES[label]['name']}</name><difficult>0</difficult>"
+            xml.append(f"<object>{name}<bndbox>{corners}</bndbox></object>")
+            record = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1}
+            annotations.append(record | {"bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0})
+        (root / "labels/train" / f"{stem}.txt").write_text("\n".join(rows))
+        (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{''.join(xml)}</annotation>")
+        records.append({"id": i + 1, "file_name": f"{stem}.jpg", "height": height, "width": width})
+    (root / "ImageSets/Main/train.txt").write_text("\n".join(stems))
+    names = json.dumps([category["name"] for category in CATEGORIES])
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/train\nnames: {names}\n")
+    (root / "a.json").write_text(json.dumps({"images": records, "annotations": annotations, "categories": CATEGORIES}))
+
+
+def compare_formats(folder, images):
+    write_formats(folder / "formats", images)
+    os.sync()
+    rows = []
+    for way in FORMATS:
+        for start in ("first start", "second start"):
+            figures = in_fresh_process(__file__, "--way", way, folder / "formats", folder / "cache", "none")
+            row = {f"{images} pictures, 7 boxes each": f"{way}, {start}"}
+            row |= {
+                "s": f"{figures['wall']:.2f}",
+                "CPU s": f"{figures['cpu']:.2f}",
+                "peak MB": f"{figures['peak']:.0f}",
+            }
+            rows.append(row | {"private MB": f"{figures['private']:.0f}"})
+            print(rows[-1], file=sys.stderr)
+    print("\n" + table(rows, list(rows[0])))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--skip-objects365", action="store_true")
+    parser.add_argument("--only-formats", action="store_true", help="only COCO, YOLO and VOC files beside each other")
     parser.add_argument("--way", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--objects365", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,6 +259,9 @@ def main():
         return
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
+        compare_formats(Path(folder), args.images)
+        if args.only_formats:
+            return
         compare_coco_size(Path(folder), args.images)
         if not args.skip_objects365:
             path = Path(folder) / "objects365.annotations"
