@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from annotations.labels import LabelMap
-from evaluation.postprocess import blocks_of_masks
 from pixels.geometry import xyxy_to_xywh
 from pixels.masks import MaskBlock, block_from_mask
 
@@ -73,5 +72,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 def _mask_blocks(output: Mapping[str, Any]) -> list[MaskBlock]:
     """Return blocks of masks, float [D, 1, H, W], thresholded at 0.5; small ones are shown on their canvas first."""
     if "canvas" in output:
+        from evaluation.postprocess import blocks_of_masks  # loads torchvision, which scores of files do without
+
         return blocks_of_masks(output["masks"], output["boxes"], *output["canvas"])
     return [block_from_mask(mask) for mask in (output["masks"][:, 0] > 0.5).cpu().numpy()]
