@@ -122,7 +122,7 @@ def load_custom_split(
     folder = root / ("train" if role == "train" else "test")
     if not folder.exists():
         needed = f"{folder}/images and {folder}/annotations with one json per image"
-        raise NoSplitError(f"{folder}/images: no such folder; expected {needed}")
+        raise NoSplitError(f"{folder}/images: {why_no_folder(folder / 'images')}; expected {needed}")
     findings = Findings(on_bad_data)
     info = read_dataset_info(root, findings, uses=uses)
     if not info.classes and classes:

@@ -164,7 +164,7 @@ def test_data_with_a_validation_split_are_not_divided(tmp_path, dataset):
 def test_annotations_that_flags_name_wrongly_are_no_missing_split(tmp_path):
     draw_pool(tmp_path / "pool")
     paths = {"val": (None, str(tmp_path / "val.json"))}
-    with pytest.raises(FileNotFoundError, match=r"no val annotations: neither .*val\.json exists.*val-annotations$"):
+    with pytest.raises(FileNotFoundError, match=r"no val annotations: .*val\.json does not exist.*val-annotations$"):
         load_data(Source("coco", tmp_path / "pool", paths=paths, val_fraction=0.2), "box")
 
 
