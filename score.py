@@ -156,6 +156,10 @@ def _warn_of_misread_results(
     """Warn where figures near 0 have a cause outside the detector: other ids, or boxes in another form."""
     if not records:
         logger.warning("%s: no results at all; every figure is 0", name)
+    boxes = [record["bbox"] for record in records if "bbox" in record]
+    if empty := sum(min(box[2:]) <= 0 for box in boxes):
+        text = "%s: %d of %d boxes have no inside (a width or height of 0 or less) and find nothing"
+        logger.warning(text, name, empty, len(boxes))
     form = find_other_form(annotations, records)
     if form is not None:
         logger.warning(

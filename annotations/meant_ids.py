@@ -19,7 +19,9 @@ def ids_by_class(categories: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def explain_file(given: str, ids: Mapping[str, Any]) -> str:
     """Say which image's file is given as an id; "" where it is none's."""
-    return f"{given!r} is the file of the image with id {ids[given]!r}" if given in ids else ""
+    path = PurePosixPath(given.replace("\\", "/"))
+    found = next((key for key in (given, path.name, path.stem) if key in ids), None)
+    return "" if found is None else f"{given!r} is the file of the image with id {ids[found]!r}"
 
 
 def explain_class(given: str, ids: Mapping[str, Any]) -> str:

@@ -28,6 +28,9 @@ from utils import all_reduce_max, barrier, describe_error, rank, world_size
 
 logger = logging.getLogger(__name__)
 
+# What others call a detection's score.
+_NAMES_OF_SCORES = ("confidence", "conf", "probability", "prob")
+
 
 def rle_of_block(block: MaskBlock, height: int, width: int) -> dict[str, Any]:
     """Return COCO's compressed run lengths of a mask block, ready for json."""
@@ -201,6 +204,8 @@ def read_results(path: Path, iou_types: Collection[str] | None = None) -> tuple[
     if content and not any("score" in record for record in content):
         what = f"{len(content)} entries without a score, the first with {', '.join(map(short, content[0]))}"
         what, remedy = describe_json(content) or (what, "give the file that a detector wrote, with 'score'")
+        if named := [key for key in _NAMES_OF_SCORES if key in content[0]]:
+            remedy = f"call {named[0]!r} 'score' if it says how sure the detector is"
         raise BadDataError([Finding("results", str(path), f"expected a list of results, got {what}", remedy)])
     uses = SCORE_KINDS if iou_types is None else iou_types
     reader = RecordReader("result", content, lambda n: f"{path}: [{n}]", findings, notes, tuple(uses))

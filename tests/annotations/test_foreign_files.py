@@ -100,7 +100,7 @@ def test_truth_and_results_in_each_other_s_place_are_told_apart(tmp_path):
         (
             read_results,
             [{"image_id": 1, "conf": 1}],
-            "1 entries without a score, the first with 'image_id', 'conf';",
+            "1 entries without a score, the first with 'image_id', 'conf'; call 'conf' 'score' if it says how sure",
         ),
     ):
         (tmp_path / "a.json").write_text(json.dumps(content))

@@ -126,7 +126,15 @@ def test_no_results_are_a_warning(tmp_path, capsys):
     assert "results.json: no results at all; every figure is 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["im_1", "im_1.png", "day/im_1.png"])
+def test_boxes_without_an_inside_are_counted(tmp_path, capsys):
+    truth, results = drawn()
+    results[3]["bbox"][2] *= -1
+    results[5]["bbox"][3] = 0
+    assert scored(tmp_path, truth, results)[0] == 0
+    assert "2 of 24 boxes have no inside (a width or height of 0 or less) and find nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["im_1", "im_1.png", "day/im_1.png", "im_1.jpg", "C:\\data\\im_1.png"])
 def test_file_names_as_image_ids_get_the_right_one_named(tmp_path, capsys, name):
     truth, results = drawn()
     code, flags = scored(tmp_path, truth, [{**results[0], "image_id": name, "keypoints": [1, 1, 2, 1, 1, 2]}])
