@@ -65,8 +65,8 @@ def build_thin_one_stage(name, num_classes=4, **options):
         return SSD(backbone, DefaultBoxGenerator([[2], [2, 3], [2, 3], [2], [2]]), (96, 112), num_classes, **options)
     options = {"min_size": (96, 128), "max_size": 160, **options}
     if name == "fcos":
-        # Small enough anchors that the last level's objects exceed eight of them; its norms are of 32 groups.
-        anchors = AnchorGenerator(((4,), (6,), (8,), (10,), (12,)), ((1.0,),) * 5)
+        # Anchors so small that objects of small pictures exceed eight of the last level's; its norms are of 32 groups.
+        anchors = AnchorGenerator(((4,), (6,), (8,), (10,), (6,)), ((1.0,),) * 5)
         return FCOS(_pyramid(32), num_classes, anchor_generator=anchors, **options)
     model = RetinaNet(_pyramid(WIDTH), num_classes, **options)
     if name == "retinanet_giou":

@@ -35,7 +35,8 @@ def batch_of(kind):
     if kind == "crowd":  # equal boxes, and equal areas one in the other's place
         targets[0]["boxes"][:4] = torch.tensor([20.0, 20, 60, 70])
         targets[0]["boxes"][4:6] = torch.tensor([24.0, 20, 64, 70])
-        targets[1]["boxes"][:] = torch.tensor([1.0, 1, 69, 119])
+        # Around a point of the coarsest map, from whose level's range no object is too large.
+        targets[1]["boxes"][:] = torch.tensor([28.0, 1, 69, 95])
         targets[2]["boxes"][:3] = torch.tensor([60.0, 30, 61, 31])  # smaller than the pixels of any map
     return images, targets
 
@@ -144,8 +145,9 @@ def test_a_step_costs_few_operations_whatever_the_batch_and_no_wait(name):
 
 def test_giou_loss_is_torchvisions_with_its_gradient():
     boxes, targets = (make_batch([(80, 120)], [60], seed=seed)[1][0]["boxes"] for seed in (0, 1))
-    targets[:10, :2] = boxes[:10, 2:]  # they only touch, where gradients are one-sided
-    targets[:10, 2:] = boxes[:10, 2:] + 9
+    targets[:10] = boxes[:10]  # side by side they only touch: gradients are one-sided there
+    targets[:10, 0] = boxes[:10, 2]
+    targets[:10, 2:] += 30
     targets[10:20] = boxes[10:20]
     gradients = []
     for loss in (giou_loss, lambda *args: generalized_box_iou_loss(*args, reduction="none")):
