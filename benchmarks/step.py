@@ -4,8 +4,8 @@
 
 Operations and waits for the device are counted on a CPU, see `waits.py`; they do not depend on the pictures' size, so
 these are small. CPU time is that of forward, backward and update; the two ways alternate, and the ratio is the median
-of the rounds' own. Memory is the most that torch's allocator has lent out in a step, by its profiler, on top of what
-was there before it, weights and gradients included in neither.
+of the rounds' own. Memory is the most that torch's allocator has lent out in a forward and backward, by its profiler, on
+top of weights and gradients.
 """
 
 import argparse
@@ -105,9 +105,8 @@ def memory_row(name, args, objects=100):
     row = {"model": name, "batch": args.batch_sizes[0], "objects": objects}
     peaks = {}
     for way, model in models.items():
-        optimizer = optimizer_of(model)
         torch.manual_seed(0)
-        step(model, optimizer, batch)
+        add_gradients(model, *batch, StepOptions(), weight=1.0, is_update=True)  # from here on gradients are there
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             add_gradients(model, *batch, StepOptions(), weight=1.0, is_update=True)
         living = peak = 0
@@ -115,7 +114,7 @@ def memory_row(name, args, objects=100):
             if event.name() == "[memory]":
                 living += event.nbytes()
                 peak = max(peak, living)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         peaks[way] = peak / 2**20
         row[f"{way}, MB"] = f"{peaks[way]:.0f}"
     row["ratio"] = f"{peaks['batched'] / peaks['torchvision']:.3f}"
