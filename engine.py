@@ -19,6 +19,7 @@ from evaluation.eval_result import EvalResult
 from evaluation.postprocess import fast_scoring, outputs_on_host
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
 from loading.loaders import DeviceLoader
+from optimization.running_statistics import RunningStatistics
 from optimization.schedule import LearningRate
 from optimization.step import StepOptions, add_gradients, update_parameters
 from runtime.epoch_log import EpochLog, progress_bar
@@ -68,6 +69,7 @@ def train_one_epoch(
     assert isinstance(sampler, GroupedBatchSampler)
     log = EpochLog(f"Epoch: [{progress.epoch}]", len(sampler), options.print_freq, loader.device)
     guard = StepGuard(loader.device, stop, progress, options)
+    statistics = RunningStatistics(model)
     for step, (images, targets) in enumerate(log.time_waits(loader)):  # on the device when they arrive
         is_update = (step + 1) % options.accumulate == 0 or step + 1 == len(sampler)
         # Randomness depends on the position alone, so that a resumed step equals the uninterrupted one.
@@ -90,6 +92,7 @@ def train_one_epoch(
         if is_update:
             # Clip, step, clear. The device reads non_finite itself and then changes nothing.
             skipped = update_parameters(optimizer, options, non_finite)
+            statistics.settle(skipped)
             progress.updates, progress.batches = updates, sampler.done_after(step + 1)
         guard.enqueue(record, skipped)
         guard.handle_arrived()  # on a GPU the flags of the step before: this one is still being computed

@@ -1,5 +1,6 @@
 """The training step: no update on a bad loss, no wait of its own, sums over steps and processes."""
 
+import itertools
 import threading
 import warnings
 from types import SimpleNamespace
@@ -125,6 +126,34 @@ def test_skip_leaves_out_the_update_and_nothing_else():
         sum(plain(images, targets).values()).backward()
         optimizer.step()
     assert torch.allclose(model.layer.weight, plain.layer.weight, atol=1e-6)
+
+
+class NormedModel(ToyModel):
+    """Its bad images are not numbers from the first layer on, as a broken picture is."""
+
+    def __init__(self, bad_ids=()):
+        super().__init__(bad_ids)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images, targets=None):
+        is_bad = bool(self.bad_ids & {target["image_id"] for target in targets})
+        images = self.norm(torch.stack(list(images)) * (float("nan") if is_bad else 1))
+        return super().forward(images, targets)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_update_leaves_the_statistics_of_norms_as_they_were(accumulate):
+    torch.manual_seed(0)
+    model, seen = NormedModel(bad_ids={5}), []
+
+    class Watch(Tracker):
+        def on_update(self, record, may_save):
+            seen.append(model.norm.running_mean.clone())
+
+    train(model, on_nan="skip", accumulate=accumulate, trackers=[Watch()])
+    assert all(torch.isfinite(mean).all() for mean in seen) and torch.isfinite(model.norm.running_var).all()
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise([torch.zeros(3), *seen])]
+    assert changed.count(False) == 1  # the update with image 5
 
 
 def test_endless_skipping_is_given_up():
