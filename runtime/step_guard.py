@@ -160,9 +160,13 @@ def ends_run(given_up: bool, options: StepOptions) -> bool:
 
 
 def on_cpu(value: Any) -> Any:
-    """Return tensors, in whatever dicts and lists, on the CPU: a saved batch is read on machines without a GPU too."""
+    """Return copies of tensors, in whatever dicts and lists, on the CPU.
+
+    A saved batch is read on machines without a GPU too, and torch saves no views of one memory as several types, which
+    the fields of a batch are.
+    """
     if isinstance(value, Tensor):
-        return value.cpu()
+        return value.to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: on_cpu(item) for key, item in value.items()}
     return [on_cpu(item) for item in value] if isinstance(value, list) else value
