@@ -203,6 +203,14 @@ class _Folder:
     notes: Notes = field(default_factory=Notes)
 
 
+def why_no_split(split: Path, folder: Path) -> str:
+    """Say why ``folder``, one of the two that ``split`` needs, is not there, and which other one may be meant."""
+    others = [p.name for p in folders_in(split.parent) if (p / "images").is_dir() and p.name not in _SPLITS]
+    hint = f"; is {split.parent / others[0]} meant?" if others and not split.exists() else ""
+    expected = f"expected {split}/images and {split}/annotations with one json per image{hint}"
+    return f"{folder}: {why_no_folder(folder)}; {expected}"
+
+
 def read_folder(
     split: Path,
     info: DatasetInfo,
@@ -229,10 +237,7 @@ def read_folder(
     """
     for folder in (split / "images", split / "annotations"):
         if not folder.is_dir():
-            others = [p.name for p in folders_in(split.parent) if (p / "images").is_dir() and p.name not in _SPLITS]
-            hint = f"; is {split.parent / others[0]} meant?" if others and not split.exists() else ""
-            expected = f"expected {split}/images and {split}/annotations with one json per image{hint}"
-            raise FileNotFoundError(f"{folder}: {why_no_folder(folder)}; {expected}")
+            raise FileNotFoundError(why_no_split(split, folder))
     findings = Findings(on_bad_data) if findings is None else findings
     content = _Folder()
     for stem, image, annotation in _pair_files(split, findings):

@@ -22,7 +22,7 @@ from annotations.skeleton import (
     infer_flip_pairs,
 )
 from coco_utils import read_coco
-from custom_dataset import read_dataset_info, read_folder
+from custom_dataset import read_dataset_info, read_folder, why_no_split
 from files import why_no_folder
 from loading.brightness import dataset_value_range
 from loading.holdout import Holdout, hold_out
@@ -121,8 +121,7 @@ def load_custom_split(
     """
     folder = root / ("train" if role == "train" else "test")
     if not folder.exists():
-        needed = f"{folder}/images and {folder}/annotations with one json per image"
-        raise NoSplitError(f"{folder}/images: {why_no_folder(folder / 'images')}; expected {needed}")
+        raise NoSplitError(why_no_split(folder, folder / "images"))
     findings = Findings(on_bad_data)
     info = read_dataset_info(root, findings, uses=uses)
     if not info.classes and classes:
