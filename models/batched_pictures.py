@@ -41,7 +41,7 @@ class BatchedTransform(GeneralizedRCNNTransform):
             objects: In pixels of ``images``; not changed.
 
         Returns:
-            The batch, and the objects in pixels of its pictures.
+            The batch, and the objects in pixels of its pictures; masks stay as they are, `mask_targets` resizes them.
         """
         device = images[0].device
         given = [(image.shape[-2], image.shape[-1]) for image in images]
@@ -60,7 +60,7 @@ class BatchedTransform(GeneralizedRCNNTransform):
         ratios = after / np.array(given, dtype=np.float32)
         numbers = np.concatenate([after, ratios[:, ::-1], ratios[:, ::-1]], axis=1)
         on_device = to_device(torch.from_numpy(numbers), device)
-        return PictureBatch(tensors, sizes, on_device[:, :2]), self._moved(objects, on_device[:, 2:], sizes)
+        return PictureBatch(tensors, sizes, on_device[:, :2]), self._moved(objects, on_device[:, 2:])
 
     def _sizes_after(self, given: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return height and width of each picture after the resize, by the arithmetic of torchvision's `resize`.
@@ -81,16 +81,11 @@ class BatchedTransform(GeneralizedRCNNTransform):
             sizes.append((int(height * scale), int(width * scale)))
         return sizes
 
-    def _moved(self, objects: ObjectBlock, ratios: Tensor, sizes: list[tuple[int, int]]) -> ObjectBlock:
+    def _moved(self, objects: ObjectBlock, ratios: Tensor) -> ObjectBlock:
         """Return objects in pixels of the resized pictures; ``ratios``, float32 [B, 4], are those of boxes."""
-        keypoints, masks = objects.keypoints, objects.masks
+        keypoints = objects.keypoints
         if keypoints is not None:
             moved = keypoints[..., :2] * ratios[:, None, None, :2]
             keypoints = torch.cat([moved, keypoints[..., 2:]], dim=-1)
-        if masks is not None:  # nearest only picks values: no need for torchvision's way over float32
-            masks = [
-                mask if mask.shape[-2:] == size else F.interpolate(mask[:, None], size=size)[:, 0]
-                for mask, size in zip(masks, sizes)
-            ]
         boxes = objects.boxes * ratios[:, None]
-        return dataclasses.replace(objects, boxes=boxes, keypoints=keypoints, masks=masks)
+        return dataclasses.replace(objects, boxes=boxes, keypoints=keypoints)

@@ -84,7 +84,7 @@ class BatchedRoIHeads(RoIHeads):
 
         losses = self.box_losses(features, drawn, order, targets)
         if self.has_mask():
-            losses["loss_mask"] = self.mask_loss(features, drawn, positives, per_picture, targets)
+            losses["loss_mask"] = self.mask_loss(features, drawn, positives, per_picture, image_shapes, targets)
         if self.has_keypoint():
             losses["loss_keypoint"] = self.keypoint_loss(features, drawn, positives, targets)
         return [], losses
@@ -142,6 +142,7 @@ class BatchedRoIHeads(RoIHeads):
         drawn: Candidates,
         order: LevelOrder,
         per_picture: list[int],
+        image_shapes: list[tuple[int, int]],
         objects: ObjectBlock,
     ) -> Tensor:
         """Return the loss of masks; the head runs on the positives alone.
@@ -151,11 +152,12 @@ class BatchedRoIHeads(RoIHeads):
             drawn: What is learnt from.
             order: The positives.
             per_picture: Positives of each picture.
-            objects: In pixels of the batch, with masks.
+            image_shapes: Height and width of each picture.
+            objects: With masks, which are not yet resized.
         """
         assert objects.masks is not None
         logits = self.mask_predictor(self.mask_head(pool_by_level(self.mask_roi_pool, features, order)))
-        targets = mask_targets(objects.masks, drawn.boxes, drawn.places, per_picture, logits.shape[-1])
+        targets = mask_targets(objects.masks, image_shapes, drawn.boxes, drawn.places, per_picture, logits.shape[-1])
         # Targets come picture by picture, logits level by level.
         numbers = drawn.is_positive.flatten().cumsum(dim=0) - 1
         return mask_loss(logits, targets[numbers[order.slots]], drawn.labels.flatten()[order.slots])

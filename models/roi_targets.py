@@ -1,22 +1,44 @@
 """What the masks and keypoints of drawn candidates should be, and how far the heads are from it."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.batched_boxes import to_device
+
 # Marks a keypoint that is not learnt from, in `torch.nn.functional.cross_entropy`.
 NOT_LEARNT = -100
 
+# Pixels of resized masks that are laid out together, five bytes each: 320 MiB. Masks of 800 x 1333: 62, of 8 pictures
+# with 7 objects or of one picture with 100, which is never cut in two.
+MOST_MASK_PIXELS = 2**26
+
 
 @torch.no_grad()
-def mask_targets(masks: list[Tensor], boxes: Tensor, places: Tensor, counts: list[int], size: int) -> Tensor:
-    """Return what the mask head should give for each positive: `project_masks_on_boxes` for a batch.
+def mask_targets(
+    masks: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    boxes: Tensor,
+    places: Tensor,
+    counts: Sequence[int],
+    size: int,
+) -> Tensor:
+    """Return what the mask head should give for each positive: masks resized and cut for several pictures at once.
 
-    A picture at a time: pictures differ in size, and float32 masks of one are already as large as a feature map.
+    It stands for the resize of masks in `_resize_image_and_masks` and for `project_masks_on_boxes`. A resize to the
+    nearest pixel only picks values: the masks of a group of pictures, each of its own size, are picked out of one flat
+    row of pixels onto canvases of the batch's size. Beyond its picture a canvas repeats the picture's last row and
+    column, which are what `roi_align` takes there; weights of two equal pixels then add up to 1 but for rounding.
 
     Args:
-        masks: uint8 [N, H, W] of each picture's objects.
-        boxes: float32 [B, S, 4], xyxy; of each picture the first ``counts`` are used.
+        masks: uint8 [N, H, W] of each picture's objects, not yet resized.
+        image_sizes: Height and width of each picture in the batch.
+        boxes: float32 [B, S, 4], xyxy in pixels of the batch; of each picture the first ``counts`` are used.
         places: int64 [B, S], which of its picture's objects each box stands for.
         counts: Positives of each picture.
         size: Side of the head's output.
@@ -24,14 +46,72 @@ def mask_targets(masks: list[Tensor], boxes: Tensor, places: Tensor, counts: lis
     Returns:
         float32 [P, size, size], in 0..1, the positives of one picture after the other.
     """
-    rois = torch.cat([places[..., None].to(boxes.dtype), boxes], dim=-1)  # the place is the number of the mask
-    targets = [boxes.new_zeros((0, 1, size, size))]
-    for picture, count in enumerate(counts):
-        if count:
-            values = masks[picture][:, None].to(boxes.dtype)
-            # The kernel itself, as `models.acceleration.cut_masks_by_kernel` has it: no gradient is needed.
-            targets.append(torch.ops.torchvision.roi_align(values, rois[picture, :count], 1.0, size, size, -1, False))
+    canvas = max(height for height, _ in image_sizes), max(width for _, width in image_sizes)
+    targets = []
+    for group in _group_pictures([len(mask) * max(mask[0:1].numel(), math.prod(canvas)) for mask in masks]):
+        canvases, firsts = _lay_out(masks[group], image_sizes[group], canvas, boxes.dtype, boxes.device)
+        rois = torch.cat([(places[group] + firsts[:, None])[..., None].to(boxes.dtype), boxes[group]], dim=-1)
+        positives = torch.cat([of_picture[:count] for of_picture, count in zip(rois, counts[group])])
+        # The kernel itself, as `models.acceleration.cut_masks_by_kernel` has it: no gradient is needed.
+        targets.append(torch.ops.torchvision.roi_align(canvases, positives, 1.0, size, size, -1, False))
     return torch.cat(targets)[:, 0]
+
+
+def _lay_out(
+    masks: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    canvas: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return the masks of some pictures, resized, [N, 1, *canvas], and how many come before each picture's, int [B].
+
+    No tensor of whole masks is larger than the result: places of pixels take four bytes each, and are gone before it
+    is made.
+    """
+    numbers, pixels = [len(mask) for mask in masks], [mask.shape[-2] * mask.shape[-1] for mask in masks]
+    # Of each picture, what its rows and columns are picked from; of each mask, its picture, and pixels before it.
+    sources = [
+        [_nearest(mask.shape[-2], height, canvas[0]) * mask.shape[-1], _nearest(mask.shape[-1], width, canvas[1])]
+        for mask, (height, width) in zip(masks, image_sizes)
+    ]
+    starts = _before(np.repeat(pixels, numbers))
+    parts = [*itertools.chain(*sources), np.repeat(np.arange(len(masks)), numbers), starts, _before(numbers)]
+    known = np.concatenate(parts).astype(np.int32 if sum(map(math.prod, zip(numbers, pixels))) < 2**31 else np.int64)
+    counts = len(masks) * sum(canvas), sum(numbers), sum(numbers), len(masks)
+    table, pictures, before, firsts = to_device(torch.from_numpy(known), device).split(counts)
+
+    rows, columns = table.view(len(masks), -1).index_select(0, pictures).split(canvas, dim=1)
+    picked = (rows + before[:, None])[..., None] + columns[:, None]
+    flat = [mask.reshape(-1) for mask in masks]
+    values = (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, picked.view(-1))
+    del picked
+    return values.view(-1, 1, *canvas).to(dtype), firsts
+
+
+def _group_pictures(pixels: Sequence[int]) -> list[slice]:
+    """Return pictures, each with so many pixels of masks, in groups of at most `MOST_MASK_PIXELS` or of one picture."""
+    bounds, in_group = [0], 0
+    for picture, number in enumerate(pixels):
+        if picture > bounds[-1] and in_group + number > MOST_MASK_PIXELS:
+            bounds.append(picture)
+            in_group = 0
+        in_group += number
+    return [slice(*pair) for pair in itertools.pairwise([*bounds, len(pixels)])]
+
+
+def _nearest(source: int, size: int, length: int) -> np.ndarray:
+    """Return which of ``source`` pixels a resize to ``size`` picks, int64 [length], the last one beyond ``size``.
+
+    In float32, as `upsample_nearest2d` computes it.
+    """
+    picked = np.arange(length, dtype=np.float32) * (np.float32(source) / np.float32(size))
+    return np.minimum(picked.astype(np.int64), source - 1)
+
+
+def _before(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the sum of the numbers before each one, int64."""
+    return np.cumsum([0, *numbers], dtype=np.int64)[:-1]
 
 
 def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:

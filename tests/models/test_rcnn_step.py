@@ -11,7 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.waits import count_waits
 from helpers.batches import make_batch
 from helpers.thin import build_thin_model
-from models import batched_sampling, proposal_step, roi_step
+from models import batched_sampling, proposal_step, roi_step, roi_targets
 from models.architectures import ModelSpec
 from models.batched_step import use_batched_step
 from models.object_block import BatchTargets, objects_of
@@ -215,17 +215,35 @@ def test_pooling_by_level_is_torchvisions_to_the_last_bit(dtype):
         assert pooled.dtype == dtype == expected.dtype and torch.equal(pooled[found.slots.argsort()], expected)
 
 
-def test_mask_targets_are_torchvisions():
+@pytest.mark.parametrize("most_pixels", [2**26, 40000, 1], ids=["together", "in groups", "one by one"])
+def test_mask_targets_are_torchvisions_of_resized_masks(most_pixels, monkeypatch):
+    """Larger, smaller and as they are; to the last bit but for boxes that end on the last row or column of a picture."""
+    monkeypatch.setattr(roi_targets, "MOST_MASK_PIXELS", most_pixels)
+    given, sizes = [(90, 150), (70, 60), (61, 35), (33, 47)], [(80, 133), (70, 60), (122, 70), (99, 141)]
     rng = torch.Generator().manual_seed(0)
     masks = [torch.randint(0, 2, (count, *size), dtype=torch.uint8, generator=rng) for count, size in
-             ((3, (90, 150)), (0, (70, 60)), (5, (120, 70)))]  # fmt: skip
-    corners = torch.rand(3, 8, 2, 2, generator=rng).sort(dim=2).values * 60
-    boxes, places = corners.flatten(2) + torch.tensor([0.0, 0, 9, 9]), torch.randint(0, 3, (3, 8), generator=rng)
-    found = mask_targets(masks, boxes, places, [6, 0, 8], 28)
-    expected = [
-        project_masks_on_boxes(masks[b], boxes[b, :count], places[b, :count], 28) for b, count in ((0, 6), (2, 8))
-    ]
-    assert torch.equal(found, torch.cat(expected))
+             zip((3, 0, 5, 2), given)]  # fmt: skip
+    corners = torch.rand(4, 8, 2, 2, generator=rng).sort(dim=2).values * 60
+    boxes, places = corners.flatten(2) + torch.tensor([0.0, 0, 9, 9]), torch.randint(0, 2, (4, 8), generator=rng)
+    boxes[2, 5] = torch.tensor([10.3, 7, 70, 122])
+    boxes[3, 0] = torch.tensor([100.7, 50, 141, 99])
+    counts = [6, 0, 8, 1]
+    found = mask_targets(masks, sizes, boxes, places, counts, 28)
+    expected = []
+    for mask, size, of_picture, places_of_picture, count in zip(masks, sizes, boxes, places, counts, strict=True):
+        if count:
+            resized = torch.nn.functional.interpolate(mask[:, None].float(), size=size)[:, 0].byte()
+            expected.append(project_masks_on_boxes(resized, of_picture[:count], places_of_picture[:count], 28))
+    expected = torch.cat(expected)
+    inside = torch.ones(len(expected), dtype=torch.bool).index_fill_(0, torch.tensor([11, 14]), False)
+    assert torch.equal(found[inside], expected[inside])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
+
+
+def test_pictures_without_objects_have_no_mask_targets():
+    masks = [torch.zeros((0, 40, 50), dtype=torch.uint8)] * 2
+    places = torch.zeros((2, 3), dtype=torch.int64)
+    assert mask_targets(masks, [(40, 50)] * 2, torch.rand(2, 3, 4), places, [0, 0], 28).shape == (0, 28, 28)
 
 
 def test_keypoints_on_edges_outside_and_unseen_are_learnt_as_torchvision_does():
