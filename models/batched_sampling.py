@@ -48,14 +48,9 @@ def draw_slots(matches: Tensor, sampler: BalancedPositiveNegativeSampler) -> Slo
     most_negatives = min(sampler.batch_size_per_image, matches.shape[1])
     keys = draw_keys(matches)
     # masked_fill, not where: where would copy its number to the device and wait for that.
-    positive_keys, positives = keys.masked_fill(matches < 0, -1.0).topk(most_positives, dim=1)
+    positive_keys, positives = keys.masked_fill(matches < 0, -2.0).topk(most_positives, dim=1)
     negative_keys, negatives = keys.masked_fill_(matches != -1, -1.0).topk(most_negatives, dim=1)
-    num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
-    num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
-
-    slots = torch.arange(min(sampler.batch_size_per_image, most_positives + most_negatives), device=matches.device)
-    is_positive = slots < num_positives
-    is_drawn = slots < num_positives + num_negatives
-    drawn = torch.cat([positives, negatives], dim=1)  # negatives begin at most_positives: the gap is left out
-    places = torch.where(is_positive, slots, slots - num_positives + most_positives).clamp_(max=drawn.shape[1] - 1)
-    return Slots(drawn.gather(1, places), is_positive, is_drawn, most_positives)
+    # Positives in [0, 1), then negatives in [-1, 0), which loses no bit of theirs, then what is none of both at -2.
+    drawn, keys = torch.cat([positives, negatives], dim=1), torch.cat([positive_keys, negative_keys - 1], dim=1)
+    keys, places = keys.topk(min(sampler.batch_size_per_image, most_positives + most_negatives), dim=1)
+    return Slots(drawn.gather(1, places), keys >= 0, keys >= -1, most_positives)

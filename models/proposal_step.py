@@ -134,7 +134,8 @@ def by_anchor(maps: Sequence[Tensor], numbers: int) -> Tensor:
     Returns:
         [B, anchors of all levels, numbers].
     """
-    return torch.cat([map_.permute(0, 2, 3, 1).contiguous().view(len(map_), -1, numbers) for map_ in maps], dim=1)
+    by_place = [map_.flatten(2).transpose(1, 2) for map_ in maps]  # views: only `cat` copies
+    return torch.cat(by_place, dim=1).view(len(maps[0]), -1, numbers)
 
 
 @functools.lru_cache(maxsize=64)
