@@ -47,25 +47,26 @@ def test_torchvisions_own_step_grows_with_the_batch(name):
     assert not few.mixed
 
 
-# What a batch of two issues beside backbone and head, and waits for, in forward, backward and update; a picture more.
-# What was reached, where the aims are 150 operations and 2 waits for the one-stage models, 350 and 6 (masks and
-# keypoints: 8) for the others, and 3 operations for a further picture.
+# What a batch of two issues beside backbone and head; what the host waits for in forward, backward and update, and how
+# many copies to the device are made without a wait. What was reached, where the aims at a batch of 16 are 150 operations
+# and 2 waits for the one-stage models, 350 and 6 (masks and keypoints: 8) for the others.
 BOUNDS = {
-    "ssd300_vgg16": (86, 0, 2),
-    "retinanet_resnet50_fpn": (90, 0, 2),
-    "fcos_resnet50_fpn": (114, 0, 2),
-    "fasterrcnn_resnet50_fpn": (298, 2, 2),
-    "maskrcnn_resnet50_fpn": (327, 2, 5),
-    "keypointrcnn_resnet50_fpn": (338, 2, 2),
+    "ssd300_vgg16": (85, 0, 1),
+    "retinanet_resnet50_fpn": (89, 0, 1),
+    "fcos_resnet50_fpn": (113, 0, 1),
+    "fasterrcnn_resnet50_fpn": (264, 2, 1),
+    "maskrcnn_resnet50_fpn": (296, 2, 2),
+    "keypointrcnn_resnet50_fpn": (303, 2, 1),
 }
+PER_PICTURE = 2  # operations for a further picture, where the aim is 3: resized, and put into the batch
 
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_the_batched_step_stays_within_its_bounds(name):
-    operations, waits, per_picture = BOUNDS[name]
+    operations, waits, copies = BOUNDS[name]
     few, more = (count(name, batch_size, use_batched_step) for batch_size in (2, 6))
     assert few.forward("backbone", "head") <= operations
-    assert more.forward("backbone", "head") - few.forward("backbone", "head") <= 4 * per_picture
+    assert more.forward("backbone", "head") - few.forward("backbone", "head") <= 4 * PER_PICTURE
     assert few.waits_of() <= waits and more.waits_of() <= waits, more.places
-    assert few.copies.total() <= 1 and more.copies.total() <= 1
+    assert few.copies.total() <= copies and more.copies.total() <= copies
     assert not few.mixed and not more.mixed, "this fails on a GPU"
