@@ -4,7 +4,8 @@
     python predict.py --checkpoint best.pth "albums/**/*.png" --score-threshold 0.3 --output-dir found
 
 The checkpoint knows model, classes, keypoints and sizes. Written are pictures with what was found in them,
-``predictions.json`` (COCO results), ``images.json`` (which image id is which file) and ``predictions.csv``.
+``index.html`` (a page to look at it), ``predictions.json`` (COCO results), ``images.json`` (which image id is which
+file) and ``predictions.csv``.
 """
 
 import signal
@@ -35,6 +36,7 @@ from inference.detector import Detector
 from inference.found import Found
 from inference.picture_files import BadFile, format_left_out, search_images
 from inference.picture_ids import ids_from_file
+from inference.result_pictures import make_folders, name_files, save_result, write_page
 from inference.trained_model import (
     DEFAULT_SCORE_THRESHOLD,
     TrainedModel,
@@ -91,7 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--overlays",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="draw what was found into pictures",
+        help="draw what was found into pictures, and write index.html to look at it",
     )
     return parser
 
@@ -161,8 +163,11 @@ def csv_rows(file_name: str, image_id: int | str, found: Found) -> list[list[Any
     return rows
 
 
-def finish_drawing(drawing: list[tuple[Record, Future[None]]]) -> OSError | None:
-    """Wait for pictures to be written; returns the first error, and takes those with one from their entries."""
+def finish_drawing(drawing: list[tuple[Record, Future[str]]], parts: list[str]) -> OSError | None:
+    """Wait for pictures to be written, and add their parts of the page to ``parts``.
+
+    Returns the first error; the files of pictures with one are taken from their entries.
+    """
     failure = None
     for entry, future in drawing:
         error = future.exception()
@@ -170,7 +175,9 @@ def finish_drawing(drawing: list[tuple[Record, Future[None]]]) -> OSError | None
             raise error
         if error is not None:
             failure = failure or error
-            del entry["overlay"]
+            del entry["overlay"], entry["picture"]
+        else:
+            parts.append(future.result())
     return failure
 
 
@@ -199,6 +206,26 @@ def run_to_plain(
     }
 
 
+def write_index(
+    args: argparse.Namespace,
+    output_dir: Path,
+    trained: TrainedModel,
+    threshold: float,
+    parts: list[str],
+    bad: int,
+    left: int,
+) -> OSError | None:
+    """Write the page of what was found; returns the error where it cannot be written, since results are there."""
+    facts = [args.checkpoint, f"score threshold {threshold:.4g}"]
+    facts += [f"{bad} files were skipped, see images.json"] if bad else []
+    facts += [f"stopped before {left} more files"] if left else []
+    try:
+        write_page(output_dir, trained, threshold, parts, " · ".join(facts))
+    except OSError as error:
+        return error
+    return None
+
+
 def main(args: argparse.Namespace, stop: StopRequest) -> int:
     """Predict until all is done or ``stop`` is set; returns the exit code."""
     # Model and files
@@ -220,6 +247,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     digits = len(str(len(paths)))
     images: list[Record] = []
     bad: list[Record] = []
+    parts: list[str] = []
     num_found, separator = 0, "["
     failure: OSError | None = None
     with (
@@ -231,13 +259,13 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     ):
         table = csv.writer(csv_file)
         table.writerow(csv_header(trained))
-        drawing: list[tuple[Record, Future[None]]] = []
+        drawing: list[tuple[Record, Future[str]]] = []
         for batch in detector.over_files(paths, batch_size=args.batch_size, workers=args.workers):
             if not images and not bad:
                 stop.install()  # before there is a result a signal ends the command at once
                 if args.overlays:
-                    (output_dir / "overlays").mkdir(exist_ok=True)
-            failure = finish_drawing(drawing)  # of the batch before: no more than two batches are in memory
+                    make_folders(output_dir)
+            failure = finish_drawing(drawing, parts)  # of the batch before: no more than two batches are in memory
             if failure is not None:
                 break
             drawing = []
@@ -253,10 +281,8 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 height, width = result.size
                 entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
                 if args.overlays:
-                    stem = path.stem.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
-                    entry["overlay"] = f"overlays/{result.index + 1:0{digits}d}_{stem}.jpg"
-                    overlay = output_dir / str(entry["overlay"])
-                    drawing.append((entry, pool.submit(result.save, overlay)))
+                    name_files(entry, f"{result.index + 1:0{digits}d}_{path.stem}")
+                    drawing.append((entry, pool.submit(save_result, result, output_dir, entry)))
                 images.append(entry)
                 for record in result.to_coco(image_id):
                     results_file.write(separator + json.dumps(record))
@@ -265,7 +291,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
                 num_found += len(result)
             if stop:
                 break
-        failure = failure or finish_drawing(drawing)
+        failure = failure or finish_drawing(drawing, parts)
         results_file.write("]\n" if separator != "[" else "[]\n")
     position = {id_: n for n, id_ in enumerate(ids)}
     bad.sort(key=lambda entry: position[entry["id"]])
@@ -274,6 +300,9 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     with whole_file(output_dir / "images.json") as file:
         content = run_to_plain(args, trained, threshold, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)
+    if args.overlays and images:
+        error = write_index(args, output_dir, trained, threshold, parts, len(bad), len(not_reached))
+        failure = failure or error
     if failure is not None:
         found = f"{num_found} objects in {len(images)} pictures, found until then, are in {output_dir}"
         raise ValueError(f"{describe_error(failure)}; {found}")

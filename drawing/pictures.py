@@ -213,10 +213,10 @@ def _draw_caption(
     places = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2), (x1, y1), (x2 - width, y1)]
     x, y = _free_place(places, (width, height), pens, size)
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    draw.text((x + margin - left, y + height / 2), caption, font=font, fill=_text_colour(colour), anchor="lm")
+    draw.text((x + margin - left, y + height / 2), caption, font=font, fill=text_colour(colour), anchor="lm")
 
 
-def _text_colour(ground: tuple[int, int, int]) -> tuple[int, int, int]:
+def text_colour(ground: tuple[int, int, int]) -> tuple[int, int, int]:
     """Return black or white, whichever is read better (luma of ITU-R BT.601)."""
     return _DARK if np.dot(ground, (0.299, 0.587, 0.114)) > 110 else _LIGHT
 

@@ -13,6 +13,7 @@ from PIL import Image
 from annotations.record_reader import Record
 from drawing.drawn_objects import drawn_detections
 from drawing.pictures import draw_objects, save_picture
+from drawing.viewer import viewer_picture
 from evaluation.detections import Detections
 from evaluation.results_files import results_of
 from inference.trained_model import TrainedModel
@@ -105,6 +106,16 @@ class Found:
             OSError: It cannot be written.
         """
         save_picture(self._drawn(), path)
+
+    def to_viewer(self, source: str, name: str) -> str:
+        """Return what `drawing.viewer` shows of the picture.
+
+        Args:
+            source: Path of the picture relative to the page.
+            name: Its file, as users know it.
+        """
+        drawn = drawn_detections(self.detections, self._names)
+        return viewer_picture(source, name, self.size, drawn, self.scores)
 
     def to_coco(self, image_id: int | str) -> list[Record]:
         """Return one record per object as in a COCO results file: its box and, where there are, mask and keypoints.

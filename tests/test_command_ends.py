@@ -171,9 +171,11 @@ def test_pictures_that_do_not_fit_cost_no_results(given, capsys, tmp_path):
     assert "File too large; " in capsys.readouterr().err
     content = json.loads((found / "images.json").read_text())
     assert content["images"] and content["not_reached"] and json.loads((found / "predictions.json").read_text())
-    assert files_in(found / "overlays") == sorted(
-        Path(entry["overlay"]).name for entry in content["images"] if "overlay" in entry
-    )
+    for key in ("overlay", "picture"):
+        named = sorted(Path(entry[key]).name for entry in content["images"] if key in entry)
+        there = files_in(found / f"{key}s")
+        assert set(named) <= set(there) and not [name for name in there if name.endswith(".tmp")]
+        assert key == "picture" or len(named) == len(there)
 
 
 def test_a_second_command_of_the_process_hears_signals_as_the_first_did(capfd):

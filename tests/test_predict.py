@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_util
 
 import predict
 import score
@@ -64,6 +66,12 @@ def read(folder):
     return images, read_results(folder / "predictions.json")[0], rows
 
 
+def shown_on(folder):
+    """Return the content of the page."""
+    text = (folder / "index.html").read_text()
+    return json.loads(re.search(r'<script type="application/json" class="v-content">(.*?)</script>', text, re.S)[1])
+
+
 def directly(checkpoint, path):
     """Run torchvision's model as it is."""
     model, _ = rebuild_model(load_checkpoint(checkpoint))
@@ -104,6 +112,23 @@ def test_results_are_those_of_the_model(name, checkpoints, photos, tmp_path, few
             assert overlay.size == (image["width"], image["height"])
             change = np.abs(np.asarray(overlay, dtype=int) - read_image(image["file_name"]).astype(int))
             assert (change.max() > 60) == bool(found)
+    page = shown_on(tmp_path / "out")
+    assert page["start"] == page["lowest"] == 0.3
+    for image, picture in zip(images["images"], page["pictures"], strict=True):
+        found = [record for record in records if record["image_id"] == image["id"]]
+        assert (picture["source"], picture["name"]) == (image["picture"], image["file_name"])
+        for record, (category, shown, *corners) in zip(found, picture["objects"], strict=True):
+            x, y, w, h = record["bbox"]
+            assert category == record["category_id"] and 0 <= record["score"] - shown < 1e-4
+            np.testing.assert_allclose(corners[:4], [x, y, x + w, y + h], atol=0.051)
+            if "keypoints" in record:
+                np.testing.assert_allclose(corners[5][::3], record["keypoints"][::3], atol=0.051)
+            assert bool("segmentation" in record and mask_util.area(record["segmentation"])) == bool(
+                corners[4:] and corners[4]
+            )
+        with Image.open(tmp_path / "out" / image["picture"]) as plain:
+            change = np.abs(np.asarray(plain, dtype=int) - read_image(image["file_name"]).astype(int))
+            assert plain.size == (image["width"], image["height"]) and change.mean() < 6
 
 
 @pytest.mark.slow
@@ -125,7 +150,9 @@ def test_csv_names_files_classes_and_keypoints(checkpoints, photos, tmp_path, fe
     np.testing.assert_allclose(corners, [x, y, x + w, y + h], atol=0.006)
     points = [float(rows[0][f"{name}_{axis}"]) for name in ("top", "left", "right") for axis in "xy"]
     np.testing.assert_allclose(points, np.array(records[0]["keypoints"]).reshape(3, 3)[:, :2].reshape(-1), atol=0.006)
-    assert not (tmp_path / "out" / "overlays").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "images.json", "predictions.csv", "predictions.json",
+    ]  # fmt: skip
 
 
 def test_broken_and_bomb_files_are_reported_and_the_others_predicted(checkpoints, photos, tmp_path, capfd, monkeypatch):
@@ -166,6 +193,19 @@ def test_nothing_readable_is_an_error(checkpoints, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(b"no")
     assert run("--checkpoint", checkpoints[MODELS[0]], tmp_path / "a.png", "--output-dir", tmp_path / "out") == 1
     assert "not one of the files could be read" in capfd.readouterr().err
+
+
+def test_pictures_of_the_page_are_upright_and_no_larger_than_a_screen(checkpoints, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees counter-clockwise
+    Image.new("RGB", (2000, 300)).save(tmp_path / "100% #1.png", exif=exif)
+    run("--checkpoint", checkpoints[MODELS[0]], tmp_path / "100% #1.png", "--output-dir", tmp_path / "out")
+    (image,) = read(tmp_path / "out")[0]["images"]
+    (picture,) = shown_on(tmp_path / "out")["pictures"]
+    assert (picture["width"], picture["height"]) == (image["width"], image["height"]) == (300, 2000)
+    assert unquote(picture["source"]) == image["picture"] and "#" not in picture["source"]
+    with Image.open(tmp_path / "out" / image["picture"]) as plain:
+        assert plain.size == (192, 1280) and not plain.getexif()
 
 
 def test_pictures_are_turned_upright(checkpoints, photos, tmp_path):
@@ -274,7 +314,11 @@ def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
     done = {image["id"] for image in images["images"]}
     assert 3 <= len(done) < 3000 and len(done) + len(images["not_reached"]) == 3000
     assert len(records) == len(rows) and {record["image_id"] for record in records} <= done
-    assert not list(out.glob("*.tmp")) and all((out / image["overlay"]).is_file() for image in images["images"])
+    assert not list(out.glob("**/*.tmp"))
+    assert all((out / image[key]).is_file() for image in images["images"] for key in ("overlay", "picture"))
+    page = shown_on(out)
+    assert [picture["source"] for picture in page["pictures"]] == [image["picture"] for image in images["images"]]
+    assert f"stopped before {len(images['not_reached'])} more files" in (out / "index.html").read_text()
 
 
 def test_ctrl_c_before_the_first_picture_is_one_line(monkeypatch, photos, tmp_path, capfd):
