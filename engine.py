@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from annotations.labels import LabelMap
 from coco_eval import CocoEvaluator
 from evaluation.background import Background
 from evaluation.eval_result import EvalResult
-from evaluation.postprocess import fast_scoring, outputs_on_host
+from evaluation.postprocess import fast_scoring
 from group_by_aspect_ratio import EvalBatchSampler, GroupedBatchSampler
+from inference.tiles import Tiling, outputs_in_tiles
 from loading.loaders import DeviceLoader
 from optimization.running_statistics import RunningStatistics
 from optimization.schedule import LearningRate
@@ -112,6 +114,7 @@ def evaluate(
     evaluator: CocoEvaluator,
     label_map: LabelMap,
     *,
+    tiling: Tiling | None = None,
     print_freq: int = 100,
     on_batch: Callable[[list[int], list[Any]], None] = lambda image_ids, detections: None,
     stop: StopRequest | None = None,
@@ -126,6 +129,7 @@ def evaluate(
         loader: With an `EvalBatchSampler`.
         evaluator: Holds the ground truth of the same images; what it held of detections is forgotten.
         label_map: What the model's labels mean.
+        tiling: How large images are cut into tiles; None looks at every image as a whole.
         print_freq: Batches between log lines.
         on_batch: Gets the image ids and detections of every batch, in that thread.
         stop: Looked at by all ranks together every `EVAL_POLL` batches.
@@ -151,12 +155,13 @@ def evaluate(
     try:
         with (
             kept_generators(),
-            fast_scoring(model, evaluator.max_keypoint_dets),
+            # Which of a tile's detections are among the best of the image shows only later.
+            fast_scoring(model, evaluator.max_keypoint_dets if tiling is None else sys.maxsize),
             progress_bar("Test", len(loader)) as bar,
             Background() as background,
         ):
             for step, (images, targets) in enumerate(loader):
-                outputs = outputs_on_host(model(images))  # the thread has nothing to do with the device
+                outputs = outputs_in_tiles(model, images, tiling)  # the thread has nothing to do with the device
                 background.run(score, [target["image_id"] for target in targets], outputs)
                 bar.update()
                 # The ranks' shards differ by a batch: only steps that all of them have may hold a reduction.

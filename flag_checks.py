@@ -7,6 +7,7 @@ import math
 import torch
 
 from evaluation.coco_metrics import SCORE_KINDS
+from inference.tiles import Tiling
 from loading.splits import DATASETS
 from models.architectures import ARCHITECTURES, IOU_TYPES, ModelSpec, build_model
 from models.weights import find_backbone_weights, find_model_weights
@@ -62,7 +63,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--best-metric {args.best_metric}: expected one of {', '.join(known)}")
     if args.test_only and not (args.resume or args.weights):
         parser.error("--test-only needs a model: --resume CHECKPOINT or --weights NAME")
+    if args.tile is not None and not args.test_only:
+        parser.error("--tile scores a trained model on tiles: it goes with --test-only")
     try:
+        Tiling.of_flags(args.tile, args.overlap, args.eval_batch_size)
         choose_device(args.device)
         if args.weights:
             find_model_weights(args.weights, args.model)

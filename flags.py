@@ -286,6 +286,14 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         "--eval-batch-size", default=1, type=int, metavar="N", help="evaluate N images per process at a time, N >= 1"
     )
     group.add_argument(
+        "--tile", type=int, metavar="PIXELS",
+        help="cut images that are larger into tiles of this size and join what is found in them; with --test-only"
+    )  # fmt: skip
+    group.add_argument(
+        "--overlap", type=float, metavar="SHARE",
+        help="let neighbouring tiles share this part of their sides, 0 to 0.9; default: 0.2"
+    )  # fmt: skip
+    group.add_argument(
         "--save-predictions", action=argparse.BooleanOptionalAction, default=True,
         help="write COCO results files of every evaluation into --output-dir"
     )  # fmt: skip

@@ -37,6 +37,7 @@ from inference.found import Found
 from inference.picture_files import BadFile, format_left_out, search_images
 from inference.picture_ids import ids_from_file
 from inference.result_pictures import make_folders, name_files, save_result, write_page
+from inference.tiles import DEFAULT_OVERLAP, Tiling
 from inference.trained_model import (
     DEFAULT_SCORE_THRESHOLD,
     TrainedModel,
@@ -79,6 +80,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=4, metavar="N", help="take up to N pictures at a time, N >= 1"
     )
     parser.add_argument(
+        "--tile", type=int, metavar="PIXELS",
+        help="cut pictures that are larger into tiles of this size and join what is found in them"
+    )  # fmt: skip
+    parser.add_argument(
+        "--overlap", type=float, metavar="SHARE",
+        help=f"let neighbouring tiles share this part of their sides, 0 to 0.9; default: {DEFAULT_OVERLAP}"
+    )  # fmt: skip
+    parser.add_argument(
         "-j",
         "--workers",
         type=int,
@@ -106,6 +115,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--batch-size {args.batch_size}: expected at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: expected 0 or more")
+    try:
+        Tiling.of_flags(args.tile, args.overlap, args.batch_size)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 @contextmanager
@@ -185,6 +198,7 @@ def run_to_plain(
     args: argparse.Namespace,
     trained: TrainedModel,
     threshold: float,
+    tiling: Tiling | None,
     images: list[Record],
     bad: list[Record],
     not_reached: list[Record],
@@ -197,6 +211,7 @@ def run_to_plain(
         "model": trained.spec.name,
         "score_threshold": threshold,
         "value_range": trained.value_range.to_plain(),
+        **(tiling.to_plain() if tiling is not None else {}),
         "versions": versions(),
         "categories": [{"id": texts.get(id_, id_), "name": name} for id_, name in trained.class_names.items()],
         "images": images,
@@ -242,7 +257,10 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
     trained = settle_brightness(trained, paths, args.workers or 1)
-    detector = Detector(trained, device, threshold)
+    tiling = Tiling.of_flags(args.tile, args.overlap, args.batch_size)
+    if tiling is not None:
+        logger.info("%s where pictures are larger", tiling)
+    detector = Detector(trained, device, threshold, tiling)
 
     digits = len(str(len(paths)))
     images: list[Record] = []
@@ -298,7 +316,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     done = {entry["id"] for entry in images + bad}
     not_reached = [{"id": id_, "file_name": str(path)} for id_, path in zip(ids, paths) if id_ not in done]
     with whole_file(output_dir / "images.json") as file:
-        content = run_to_plain(args, trained, threshold, images, bad, not_reached, files.left_out)
+        content = run_to_plain(args, trained, threshold, tiling, images, bad, not_reached, files.left_out)
         json.dump(content, file, indent=1)
     if args.overlays and images:
         error = write_index(args, output_dir, trained, threshold, parts, len(bad), len(not_reached))

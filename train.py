@@ -32,6 +32,7 @@ from engine import train_one_epoch
 from flag_checks import check_args, log_ineffective_flags
 from flags import data_source, get_args_parser, keeps_negatives, take_model_from_checkpoint, wanted_spec
 from group_by_aspect_ratio import GroupedBatchSampler
+from inference.tiles import Tiling
 from loading.loaders import DeviceLoader, build_train_loader, build_val_loader
 from loading.splits import Data, load_data
 from loading.trainable import check_against_model
@@ -244,7 +245,10 @@ def build_eval_setup(args: argparse.Namespace, data: Data, spec: ModelSpec, dist
         oks_area=args.oks_area,
         max_dets=args.max_dets,
     )
-    return EvalSetup(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader)
+    tiling = Tiling.of_flags(args.tile, args.overlap, args.eval_batch_size)
+    if tiling is not None:
+        logger.info("scored on %s", tiling)
+    return EvalSetup(build_val_loader(data, distributed, **options), evaluator, data.label_map, loss_loader, tiling)
 
 
 def evaluate_only(

@@ -46,7 +46,7 @@ class Detections:
 
 
 def detections_from_output(output: Mapping[str, Any], label_map: LabelMap) -> Detections:
-    """Convert one of a torchvision model's output dicts, plain or from `fast_scoring`.
+    """Convert one of a torchvision model's output dicts, plain, from `fast_scoring` or in ``blocks`` of masks.
 
     Boxes become xywh in float32 before they become float64, as in torchvision's scripts; detections whose label has no
     category are left out, which COCOeval does silently.
@@ -58,7 +58,7 @@ def detections_from_output(output: Mapping[str, Any], label_map: LabelMap) -> De
         category_ids,
         _to_numpy(output["scores"]).astype(np.float64),
         xyxy_to_xywh(boxes).astype(np.float64),
-        _mask_blocks(output) if "masks" in output else None,
+        blocks_of_output(output) if "masks" in output or "blocks" in output else None,
         None if keypoints is None else _to_numpy(keypoints).astype(np.float64),
     )
     known = category_ids >= 0
@@ -69,8 +69,13 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu").float().numpy()
 
 
-def _mask_blocks(output: Mapping[str, Any]) -> list[MaskBlock]:
-    """Return blocks of masks, float [D, 1, H, W], thresholded at 0.5; small ones are shown on their canvas first."""
+def blocks_of_output(output: Mapping[str, Any]) -> list[MaskBlock]:
+    """Return the blocks of an output's masks: as they are, or of masks, float [D, 1, H, W], thresholded at 0.5.
+
+    Small masks of `fast_scoring` are shown on their canvas first.
+    """
+    if "blocks" in output:
+        return list(output["blocks"])
     if "canvas" in output:
         from evaluation.postprocess import blocks_of_masks  # loads torchvision, which scores of files do without
 

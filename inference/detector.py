@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evaluation.detections import Detections, detections_from_output
-from evaluation.postprocess import fast_scoring, outputs_on_host
+from evaluation.postprocess import fast_scoring
 from inference.found import Found
 from inference.picture_files import BadFile, reject_or_batch
+from inference.tiles import DEFAULT_OVERLAP, Tiling, outputs_in_tiles
 from inference.trained_model import TrainedModel, choose_threshold, load_trained_model, settle_brightness
 from loading.collate import PackedBatch, collate_fn, unpack
 from loading.samples import Sample
@@ -48,10 +49,13 @@ class Detector:
         trained: The model is the detector's from now on: it is moved and changed for speed.
         device: Where to compute.
         score_threshold: Objects with a lower score are left out.
+        tiling: How large pictures are cut into tiles; None looks at every picture as a whole.
     """
 
-    def __init__(self, trained: TrainedModel, device: torch.device, score_threshold: float) -> None:
-        self.trained, self.device, self.score_threshold = trained, device, score_threshold
+    def __init__(
+        self, trained: TrainedModel, device: torch.device, score_threshold: float, tiling: Tiling | None = None
+    ) -> None:
+        self.trained, self.device, self.score_threshold, self.tiling = trained, device, score_threshold, tiling
         self._model = trained.model.eval().to(device)
         fold_frozen_norms(self._model)
         # For good, not call by call: threads would undo each other's changes.
@@ -65,7 +69,13 @@ class Detector:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, device: str | None = None, score_threshold: float | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        score_threshold: float | None = None,
+        tile: int | None = None,
+        overlap: float = DEFAULT_OVERLAP,
     ) -> "Detector":
         """Read a checkpoint of train.py.
 
@@ -74,16 +84,19 @@ class Detector:
             device: Name of a torch device; None takes cuda where there is one, else the CPU.
             score_threshold: Objects with a lower score, in 0..1, are left out; None takes the one with the best F1 in
                 the evaluation that the checkpoint holds, else 0.5.
+            tile: Cut pictures that are larger than this, in pixels, into tiles of this size; None cuts none.
+            overlap: What neighbouring tiles share at least, as a share of a tile's side.
 
         Raises:
             CheckpointError: The file cannot be used.
-            ValueError: There is no such device, or the threshold is out of range.
+            ValueError: There is no such device, or a number is out of range.
         """
         if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold {score_threshold}: expected a number from 0 to 1")
+        tiling = None if tile is None else Tiling(tile, overlap)
         chosen = choose_device(device)
         trained = load_trained_model(Path(path))
-        return cls(trained, chosen, choose_threshold(score_threshold, trained)[0])
+        return cls(trained, chosen, choose_threshold(score_threshold, trained)[0], tiling)
 
     @property
     def class_names(self) -> list[str]:
@@ -109,8 +122,8 @@ class Detector:
         Args:
             pictures: A picture or a list of pictures, each the path of a file, a Pillow picture, an array uint8
                 [H, W, 3] (RGB) or [H, W] (grey), or a tensor [3, H, W], uint8 or floating-point in 0..1.
-            batch_size: Pictures that the model takes at a time. More than one pays on a GPU; boxes may then differ in
-                the last digits, since pictures of a batch are padded to one size.
+            batch_size: Pictures, or tiles of one, that the model takes at a time. More than one pays on a GPU; boxes
+                may then differ in the last digits, since pictures of a batch are padded to one size.
 
         Returns:
             What was found in the picture, or a list with one entry per picture.
@@ -121,7 +134,7 @@ class Detector:
         """
         if isinstance(pictures, (list, tuple)):
             return self._find(list(pictures), batch_size)
-        return self._find([pictures], 1)[0]
+        return self._find([pictures], batch_size)[0]
 
     def _find(self, pictures: list[Picture], batch_size: int) -> list[Found]:
         """Return what was found in each picture."""
@@ -136,7 +149,7 @@ class Detector:
             images = [_to_floats(pictures[i], array).to(self.device) for i, array in zip(indices, pixels)]
             found += [
                 Found(array, detections, self.trained, index)
-                for index, array, detections in zip(indices, pixels, self.detect(images))
+                for index, array, detections in zip(indices, pixels, self.detect(images, batch_size))
             ]
         return found
 
@@ -156,17 +169,19 @@ class Detector:
         return pixels
 
     @torch.inference_mode()
-    def detect(self, images: list[Tensor]) -> list[Detections]:
+    def detect(self, images: list[Tensor], tiles_at_once: int = 1) -> list[Detections]:
         """Run the model on one batch.
 
         Args:
             images: float [3, H, W] in 0..1 each, on the detector's device.
+            tiles_at_once: Tiles of a large picture that the model takes at a time.
 
         Returns:
             Per image what was found, in falling order of scores.
         """
         results = []
-        for output in outputs_on_host(self._model(images)):
+        tiling = None if self.tiling is None else replace(self.tiling, batch_size=tiles_at_once)
+        for output in outputs_in_tiles(self._model, images, tiling):
             detections = detections_from_output(output, self.trained.label_map)
             order = np.argsort(-detections.scores, kind="stable")
             results.append(detections.take(order[detections.scores[order] >= self.score_threshold]))
@@ -179,7 +194,7 @@ class Detector:
 
         Args:
             paths: Image files.
-            batch_size: Pictures per batch, at most.
+            batch_size: Pictures per batch, or tiles of one, at most.
             workers: Loading processes.
         """
         batches, bad = reject_or_batch(paths, batch_size, self.trained.spec)
@@ -198,7 +213,7 @@ class Detector:
             if loaded.batch is not None:
                 images, targets = unpack(loaded.batch, self.device)
                 pictures = loaded.batch.pictures(loaded.batch.buffer)
-                for target, picture, detections in zip(targets, pictures, self.detect(images)):
+                for target, picture, detections in zip(targets, pictures, self.detect(images, batch_size)):
                     results.append(
                         Found(picture.permute(1, 2, 0).numpy(), detections, self.trained, target["image_id"])
                     )

@@ -37,7 +37,7 @@ PARSERS = {
 # A sentence begins with what the flag does.
 VERBS = {
     "add", "allow", "also", "average", "batch", "begin", "build", "change", "check", "compare", "compile", "compute",
-    "continue", "count", "decode", "divide", "draw", "drop", "end", "evaluate", "export", "give", "go", "keep", "learn",
+    "continue", "count", "cut", "decode", "divide", "draw", "drop", "end", "evaluate", "export", "give", "go", "keep", "learn",
     "leave", "let", "load", "lower", "measure", "multiply", "paste", "print", "pull", "raise", "read", "refuse", "resize",
     "save", "score", "search", "show", "shrink", "start", "stop", "synchronize", "take", "train", "update", "use", "write",
 }  # fmt: skip

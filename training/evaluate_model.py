@@ -14,6 +14,7 @@ from evaluation.analysis import Analysis, build_analysis, format_classes
 from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.eval_result import EvalResult
 from evaluation.results_files import PredictionWriter
+from inference.tiles import Tiling
 from loading.loaders import DeviceLoader
 from runtime.signals import StopRequest
 from utils import broadcast_json, rank, versions
@@ -33,12 +34,14 @@ class EvalSetup:
         evaluator: Holds the ground truth of the same images.
         label_map: What the model's labels mean.
         loss_loader: Yields the same images with their objects, for the validation loss; None leaves it out.
+        tiling: How large images are cut into tiles; None looks at every image as a whole.
     """
 
     loader: DeviceLoader
     evaluator: CocoEvaluator
     label_map: LabelMap
     loss_loader: DeviceLoader | None = None
+    tiling: Tiling | None = None
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,18 @@ def evaluate_model(
         sizes = zip(annotations.heights[indices].tolist(), annotations.widths[indices].tolist())
         writer = PredictionWriter(predictions_dir, evaluator.iou_types, dict(zip(ids, sizes)), annotations.id_texts)
     if writer is None:
-        result = evaluate(model, loader, evaluator, label_map, stop=stop)
+        result = evaluate(model, loader, evaluator, label_map, tiling=setup.tiling, stop=stop)
     else:
         try:
-            result = evaluate(model, loader, evaluator, label_map, stop=stop, on_batch=writer.add)
+            result = evaluate(model, loader, evaluator, label_map, tiling=setup.tiling, stop=stop, on_batch=writer.add)
         except BaseException:
             writer.abandon()
             raise
         writer.close(keep=result is not None)
     if result is None:
         return None
+    if setup.tiling is not None:
+        result.settings |= setup.tiling.to_plain()
     logger.info("%s", format_summary(result))
     analysis = build_analysis(result) if rank() == 0 else None
     if analysis is not None and 1 < len(analysis.class_names) <= MAX_PRINTED_CLASSES:

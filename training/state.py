@@ -29,8 +29,8 @@ _NUMERIC_FLAGS = ("amp", "amp_dtype", "accumulate", "sync_bn", "ema", "channels_
 _SILENT_FLAGS = {
     *("output_dir", "resume", "device", "verify_resume", "dry_run", "test_only", "start_epoch", "keep_checkpoints"),
     *("checkpoint_every", "print_freq", "profile", "workers", "cache_dir", "dist_url", "world_size"),
-    *("eval_every", "eval_batch_size", "best_metric", "early_stop", "val_loss", "save_predictions", "max_dets"),
-    *("kpt_oks_sigmas", "oks_area", "backend", "use_v2", "lr_step_size", "use_deterministic_algorithms"),
+    *("eval_every", "eval_batch_size", "best_metric", "early_stop", "val_loss", "save_predictions", "max_dets", "tile"),
+    *("overlap", "kpt_oks_sigmas", "oks_area", "backend", "use_v2", "lr_step_size", "use_deterministic_algorithms"),
     *("weights", "weights_backbone", "val_fraction"),  # a checkpoint has its own
 }
 
