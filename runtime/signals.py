@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -64,17 +65,26 @@ def agree_to_stop(stop: StopRequest) -> bool:
 
 
 def leave_stopping_to_parent() -> None:
-    """Make a loading process outlive the signals that a scheduler sends to all processes of a job.
+    """Make a loading process outlive the signals that a scheduler sends to all processes of a job, however often.
 
-    The process that it loads for needs it until the checkpoint is written, and ends it then. A second SIGTERM ends it:
-    that is how multiprocessing removes one that is stuck.
+    The process that it loads for needs it until the checkpoint is written, and ends it then: a SIGTERM from there ends
+    it, as that is how multiprocessing removes one that is stuck. SLURM sends two to a job that it preempts.
     """
-
-    def end_next_time(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
     for number in STOP_SIGNALS:
-        signal.signal(number, end_next_time if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "darwin":  # it does not say who has sent a signal: the second one ends the process
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    else:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for all threads that it will have
+        threading.Thread(target=_end_at_wish_of_parent, daemon=True).start()
+
+
+def _end_at_wish_of_parent() -> None:
+    """Wait for a SIGTERM of the process that has started this one, and end."""
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (parent.pid if parent else os.getppid()):
+        pass
+    os._exit(EXIT_SIGNAL + signal.SIGTERM)
 
 
 def die_with_parent() -> None:
