@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from process.waiting import SILENT_SECONDS, wait_for
+from process.waiting import wait_for
 
 # How long the processes wait for each other at the start.
 START_TIMEOUT = datetime.timedelta(minutes=10)
@@ -26,7 +26,7 @@ def launched_ranks() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    # A bare `salloc` shell also carries SLURM_PROCID: only a step of several tasks is a distributed run.
+    # A job or step of one task is a run of one process.
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
     return 0, 0, 1
@@ -59,8 +59,13 @@ def join_group(rank: int, world_size: int, device: torch.device, dist_url: str, 
 
     Raises:
         Stopped: A signal has come.
-        ValueError: The others did not come, the port is taken, or nothing says where to meet.
+        ValueError: The others did not come or cannot come, the port is taken, or nothing says where to meet.
     """
+    if _is_without_srun():
+        raise ValueError(
+            f"this SLURM job has {world_size} tasks, but no srun has started this process: write "
+            f"`srun {shlex.join(sys.orig_argv)}`; for one process alone use srun --ntasks=1, or set SLURM_NTASKS=1"
+        )
     if dist_url == "env://" and "RANK" not in os.environ:
         _fill_in_slurm_address()
     unset = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -70,14 +75,12 @@ def join_group(rank: int, world_size: int, device: torch.device, dist_url: str, 
         )
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if dist_url == "env://" else dist_url
     others = f"the other {world_size - 1} of {world_size} processes" if rank == 0 else f"process 0 of {world_size}"
-    is_alone = _is_without_srun()
     try:
         wait_for(
             lambda: _join(rank, world_size, device, dist_url, timeout),
             f"{others} at {where}",
             limit=START_TIMEOUT.total_seconds(),
-            advice=_advice_on_start(is_alone),
-            silent=0.0 if is_alone else SILENT_SECONDS,
+            advice=_advice_on_start(),
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -86,20 +89,17 @@ def join_group(rank: int, world_size: int, device: torch.device, dist_url: str, 
 
 
 def _is_without_srun() -> bool:
-    """Tell whether this process stands for a SLURM job of several tasks though no srun has started it."""
+    """Tell whether this process stands for a SLURM job of several tasks though no srun has started the others.
+
+    In a batch script no step is named. The shell that `salloc` opens is a step of one task, with the job's number of
+    tasks in SLURM_NTASKS.
+    """
     by_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
-    return by_slurm and not {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"} & set(os.environ)
+    return by_slurm and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1
 
 
-def _advice_on_start(is_alone: bool) -> str:
+def _advice_on_start() -> str:
     """Return what to do when the other processes do not come."""
-    command = shlex.join(sys.orig_argv)
-    if is_alone:
-        tasks = os.environ["SLURM_NTASKS"]
-        return (
-            f"this SLURM job has {tasks} tasks, but no srun has started this process, so it may be the only one. Write "
-            f"`srun {command}` in the batch script; for one process alone set SLURM_NTASKS=1"
-        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "all machines must run the same torchrun command and reach that port"
     if "RANK" not in os.environ:

@@ -19,6 +19,7 @@ from annotations.arrays import cached_annotations
 from coco_utils import read_coco
 from helpers.drawn import ROOT
 from helpers.ranks import run_on_ranks
+from helpers.runs import run
 from models import weights
 from models.weights import WeightsSource, read_weights
 from process.waiting import GRACE_SECONDS, Stopped, WaitError, note_signal, signals_raise, wait_for, wait_until
@@ -206,11 +207,12 @@ def test_a_download_that_fails_says_how_to_bring_the_file(tmp_path, monkeypatch,
 
 
 SHAPES = ["train.py", "--dataset", "shapes", "--model", "ssdlite320_mobilenet_v3_large", "--device", "cpu"]
+TWO_TASKS = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
 LAUNCHED = {
-    "SLURM without srun": (
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"},
+    "the other tasks never come": (
+        {**TWO_TASKS, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"},
         "the other 1 of 2 processes at localhost:20007",
-        "no srun has started this process, so it may be the only one. Write `srun ",
+        "all tasks of the srun must be running and reach that port",
         signal.SIGTERM,
     ),
     "the first process never comes": (
@@ -241,3 +243,16 @@ def test_a_process_whose_others_do_not_come_says_so_and_ends_at_once(case, tmp_p
     assert process.returncode == 0 and "Traceback" not in error
     name = signal.Signals(number).name
     assert f"train.py: stopped by {name} while waiting for {what}; nothing was trained\n" in error
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}], ids=["batch script", "shell of salloc"])
+def test_a_slurm_job_of_several_tasks_without_srun_is_told_to_use_it(step, monkeypatch, capsys):
+    """What SLURM sets was seen on a real one, see tests/cluster/."""
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**TWO_TASKS, **step}.items():
+        monkeypatch.setenv(name, value)
+    assert run(*SHAPES[1:], "--output-dir", "") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: this SLURM job has 2 tasks, but no srun has started this process")
+    assert "write `srun " in line
