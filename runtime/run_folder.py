@@ -54,6 +54,8 @@ def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path
     if "TORCHELASTIC_RUN_ID" in os.environ:  # restarts by one torchrun share a folder
         started = Path(f"/proc/{os.getppid()}").stat().st_mtime
     stamp = datetime.datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
+    if "SLURM_JOB_ID" in os.environ:  # the tasks of an array start in the same second
+        stamp += f"-job{os.environ['SLURM_JOB_ID']}"
     return Path(broadcast_json(f"runs/{dataset}-{model}-{stamp}"))
 
 
