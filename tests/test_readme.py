@@ -192,9 +192,16 @@ def test_every_flag_is_explained_and_every_flag_mentioned_exists():
     of_others |= {"--task", "--input-format", "--input-folder", "--category-names"}  # labelformat
     of_others |= {"--images-rel-path", "--output-format", "--output-file"}
     of_others |= {"--input-path", "--output-dir", "--save-media"}  # datumaro
+    of_others |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"}  # sbatch
+    of_others |= {"--open-mode", "--output", "--job-name", "--array", "--dependency"}
     for page, text in PAGES.items():
         mentioned = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]*)", text))
         assert mentioned <= options | of_others, (page, mentioned - options - of_others)
+
+
+def test_the_job_files_on_the_page_are_those_that_were_run():
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGES["docs/cluster.md"], flags=re.M | re.S)
+    assert len(blocks) == 3 and set(blocks) == {path.read_text() for path in ROOT.glob("docs/cluster/*.sbatch")}
 
 
 def slugs_of(text):
