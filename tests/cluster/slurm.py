@@ -26,6 +26,7 @@ from cluster.daemons import FOLDER, Cluster, enter_namespaces, missing_packages,
 JOBS = ROOT / "docs" / "cluster"
 NUM_IMAGES = 16
 EPOCHS = 3
+UPDATES = 4  # of an epoch, with two tasks and batches of two
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
 
 
@@ -91,12 +92,17 @@ class Job:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def result(self):
-        """Return the SHA-256 of the final weights and the scores of every epoch."""
-        from runtime.checkpoint import load_checkpoint
-        from training.verify_resume import hash_state
+        return result_of(self.folder)
 
-        scores = [(line["epoch"], line.get("bbox")) for line in self.metrics()]
-        return hash_state(load_checkpoint(self.folder / "weights" / "checkpoint.pth")["model"]), scores
+
+def result_of(folder):
+    """Return the SHA-256 of the final weights and the scores of every epoch."""
+    from runtime.checkpoint import load_checkpoint
+    from training.verify_resume import hash_state
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = load_checkpoint(folder / "weights" / "checkpoint.pth")["model"]
+    return hash_state(weights), [(line["epoch"], line.get("bbox")) for line in lines]
 
 
 def train_flags(**changes):
@@ -136,23 +142,33 @@ def four_tasks(cluster):
     return f"box AP {job.metrics()[-1]['bbox']['AP']:.6f}"
 
 
+def undisturbed(cluster):
+    """Return weights and scores of the run of `two_tasks`."""
+    folder = FOLDER / "runs" / "undisturbed"
+    if not folder.exists():
+        two_tasks(cluster)
+    return result_of(folder)
+
+
 def signalled(cluster):
     """--signal=USR1@30 saves and leaves with 0; the next job of that name goes on at that update"""
     options = ["--ntasks-per-node=2", "--time=2", "--signal=USR1@30"]
     job = submit(cluster, "signalled", *options, epochs=1000, **{"eval-every": 0, "checkpoint-every": 500}).succeed()
     stopped = re.findall(r"asked to stop: (.*)", job.log())
     expect(len(stopped) == 1, f"it does not say that it stops:\n{job.log()[-2000:]}")
-    place = re.search(r"epoch (\d+), update (\d+)", stopped[0])
-    submit(cluster, "signalled", *options, epochs=int(place[1]) + 2, **{"eval-every": 0}).succeed()
+    epoch = int(re.search(r"epoch (\d+)", stopped[0])[1])
+    update = re.search(r"after update (\d+)", stopped[0])  # none between two epochs
+    submit(cluster, "signalled", *options, epochs=epoch + 1, **{"eval-every": 0}).succeed()
+    expect("continuing from runs/signalled" in job.log(), f"the next job started anew:\n{job.log()[-2000:]}")
+    left = (epoch + 1) * UPDATES - int(update[1]) if update else UPDATES
+    steps = re.findall(rf"Epoch: \[{epoch}\] \[\d+/(\d+)\]", job.log().partition("continuing")[2])
+    expect(steps and int(steps[0]) == left, f"{left} updates were left, and the next job made {steps}")
     return stopped[0]
 
 
 def preempted(cluster):
     """USR1, scontrol requeue and preemption one after the other: the weights at the end are those of no disturbance"""
-    if not (FOLDER / "runs" / "undisturbed").exists():
-        two_tasks(cluster)
-    reference = Job.__new__(Job)
-    reference.name = "undisturbed"
+    reference = undisturbed(cluster)
     name, step = "disturbed", r"Epoch: \[\d+\] +\["
     first, job = (submit(cluster, name, "--ntasks-per-node=2", "--exclusive", "--dependency=singleton") for _ in "12")
     first.wait_for_log(step, times=2)
@@ -167,7 +183,7 @@ def preempted(cluster):
     restart(job, 2)
     job.succeed()
     expect(job.log().count("asked to stop") == 3, f"it was not asked to stop three times:\n{job.log()}")
-    expect(job.result() == reference.result(), "other weights or scores than without a disturbance")
+    expect(job.result() == reference, "other weights or scores than without a disturbance")
     return f"SHA-256 {job.result()[0][:12]}"
 
 
@@ -180,16 +196,15 @@ def restart(job, count):
 
 def array(cluster):
     """an array of three seeds writes three folders, each with its seed"""
-    job = submit(cluster, "seeds", file="seeds.sbatch", epochs=1, **{"eval-every": 1, "workers": 0}).succeed()
+    job = submit(cluster, "seeds", file="seeds.sbatch", epochs=1, **{"eval-every": 0, "workers": 0}).succeed()
     return check_folders([job.folder / str(seed) for seed in range(3)])
 
 
 def array_without_folders(cluster):
     """an array of three seeds without --output-dir, started in the same second, writes three folders too"""
-    flags = " ".join(train_flags(epochs=1, **{"eval-every": 1, "workers": 0}))
+    flags = " ".join(train_flags(epochs=1, **{"eval-every": 0, "workers": 0}))
     command = f"srun {sys.executable} train.py {flags} --seed $SLURM_ARRAY_TASK_ID"
-    job = Job(cluster, "unnamed", "--array=0-2", "--ntasks=1", "--wrap", command).succeed()
-    del job
+    Job(cluster, "unnamed", "--array=0-2", "--ntasks=1", "--wrap", command).succeed()
     return check_folders(sorted((FOLDER / "runs").glob("coco-ssdlite*")))
 
 
@@ -229,10 +244,7 @@ def check_advice(text):
 
 def under_torchrun(cluster):
     """torchrun on two nodes: SIGTERM saves; the next job ends with the weights of two tasks under srun"""
-    if not (FOLDER / "runs" / "undisturbed").exists():
-        two_tasks(cluster)
-    reference = Job.__new__(Job)
-    reference.name = "undisturbed"
+    reference = undisturbed(cluster)
     options = ["--nodes=2", "--gpus-per-node=1", "--signal=TERM@60"]
     job = submit(cluster, "launched", *options, file="torchrun.sbatch")
     job.wait_for_log(r"Epoch: \[\d+\] +\[", times=3)
@@ -240,7 +252,7 @@ def under_torchrun(cluster):
     ends = job.end()
     expect("asked to stop" in job.log() and "NOT saved" not in job.log(), f"it has not saved:\n{job.log()[-3000:]}")
     job = submit(cluster, "launched", *options, file="torchrun.sbatch").succeed()
-    expect(job.result() == reference.result(), "other weights or scores than under srun")
+    expect(job.result() == reference, "other weights or scores than under srun")
     return f"after SIGTERM {ends[0]}; SHA-256 {job.result()[0][:12]}"
 
 
