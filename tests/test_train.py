@@ -63,6 +63,12 @@ BAD_FLAGS = {
     "sigmas without keypoints": (["--kpt-oks-sigmas", "0.1"], "maskrcnn_resnet50_fpn has no keypoints"),
     "proposals of FCOS": (["--model", "fcos_resnet50_fpn", "--rpn-score-thresh", "0.1"], "no region proposals"),
     "test of nothing": (["--test-only"], "--test-only needs a model"),
+    "training on tiles": (["--tile", "800"], "--tile scores a trained model on tiles: it goes with --test-only"),
+    "tiny tiles": (["--test-only", "--resume", "x.pth", "--tile", "8"], "--tile 8: expected at least 32 pixels"),
+    "tiles that hardly move": (
+        ["--test-only", "--resume", "x.pth", "--tile", "800", "--overlap", "1"], "--overlap 1.0: expected a share from 0"
+    ),
+    "overlap of nothing": (["--overlap", "0.3"], "--overlap is what the tiles of --tile PIXELS share"),
     "unknown weights": (["--weights", "Nothing.COCO_V9"], "no such file and no such weights"),
     "weights of another model": (["--weights", "FCOS_ResNet50_FPN_Weights.COCO_V1"], "no such weights"),
     "missing weights file": (["--weights-backbone", "/nowhere/a.pth"], "/nowhere/a.pth: no such file"),
