@@ -1,10 +1,11 @@
-"""Write a trained model as ONNX or TorchScript, and prove that the file gives what PyTorch gives.
+"""Write a trained model as ONNX, torch.export's pt2 or TorchScript, and prove that the file gives what PyTorch gives.
 
     python export.py --checkpoint runs/first/weights/best.pth --format onnx
-    python export.py --checkpoint best.pth --format torchscript --images photos/ --output model.torchscript
+    python export.py --checkpoint best.pth --format pt2 --size 480 640 --images photos/ --output model.pt2
 
-The exported model takes one picture, float32 [3, H, W], RGB in 0..1, of any size, and gives the outputs of the
-PyTorch model by name. The file is run on pictures before it gets its name: where it disagrees, there is no file.
+ONNX and pt2 take a batch, float32 [B, 3, H, W], RGB in 0..1, and give the outputs of the PyTorch model by name, and how
+many of each picture's slots are filled; TorchScript takes one picture, float32 [3, H, W]. The file is run on pictures
+before it gets its name: where it disagrees, there is no file.
 """
 
 import signal
@@ -14,24 +15,19 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import functools
-import importlib
-import io
-import json
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torch import Tensor
 
 from files import write_aside
 from inference.compare_outputs import (
@@ -43,34 +39,53 @@ from inference.compare_outputs import (
     compare_outputs,
     without_suppression,
 )
+from inference.export_formats import (
+    SUFFIXES,
+    OnePicture,
+    Runner,
+    follow,
+    need_onnx,
+    run_onnx,
+    run_pt2,
+    run_torchscript,
+    why_not,
+    write_onnx,
+    write_pt2,
+    write_torchscript,
+    write_traced_onnx,
+)
 from inference.picture_files import find_images, reject_or_batch
 from inference.trained_model import TrainedModel, load_trained_model, settle_brightness
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
 from loading.splits import Source
-from models.architectures import ModelSpec
+from models.export_form import OUTPUTS, SMALLEST_SIDE
 from pixels.images import BadImageError, read_image
 from utils import HelpFormatter, run_command, versions
 
 logger = logging.getLogger("export")
 
-FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript"}
-ONNX_OPSET = 17
 NUM_PICTURES = 6
 
 # How far an exported model may be off, in words.
 TOLERANCES = f"{BOX_TOLERANCE} px, {SCORE_TOLERANCE} of a score, {MASK_TOLERANCE:.0%} of a mask"
 
 Picture = tuple[str, Tensor]
-Runner = Callable[[Tensor], Outputs]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
     parser = argparse.ArgumentParser(description="Export a trained model and check it", formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="export the model in this file of train.py")
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS), help="write the model in this format")
+    parser.add_argument("--format", required=True, choices=sorted(SUFFIXES), help="write the model in this format")
     parser.add_argument(
         "--output", metavar="FILE", help="write to this file; default: the checkpoint's name with another suffix"
+    )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="take one picture of this height and width, with outputs of fixed shapes; default: any size and batch",
     )
     parser.add_argument(
         "--images",
@@ -79,81 +94,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="compare file and model on these pictures, folders or globs; default: some of the dataset, or drawn ones",
     )
     return parser
-
-
-class OnePicture(nn.Module):
-    """A detector that takes one picture and gives one dict, in PyTorch and in TorchScript."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the detections of ``image``, float32 [3, H, W] in 0..1."""
-        outputs = self.model([image])
-        if torch.jit.is_scripting():
-            return outputs[1][0]  # scripted detectors return (losses, detections)
-        else:  # noqa: RET505 - TorchScript leaves out a branch, not what follows a return
-            return outputs[0]
-
-
-class InOrder(nn.Module):
-    """The same with its outputs as a tuple, as tracing wants them."""
-
-    def __init__(self, model: OnePicture, names: list[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs in the order of ``names``."""
-        outputs = self.model(image)
-        return tuple(outputs[name] for name in self.names)
-
-
-class ScriptedResize(GeneralizedRCNNTransform):
-    """Resizes to the sizes that torchvision has in PyTorch.
-
-    torchvision's own code computes the scale in float32 when it is scripted or traced, in float64 otherwise: some
-    pictures (427 pixels to 160, say) come out a pixel smaller, and all boxes a little elsewhere.
-    """
-
-    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return ``image`` resized; targets are for training."""
-        height, width = image.shape[-2:]
-        short, long = float(min(height, width)), float(max(height, width))
-        scale = min(float(self.min_size[-1]) / short, float(self.max_size) / long)
-        size = [int(math.floor(height * scale)), int(math.floor(width * scale))]
-        return nnf.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], target
-
-
-class TracedResize(GeneralizedRCNNTransform):
-    """The same, in tensors, so that a trace keeps the picture's size variable."""
-
-    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return ``image`` resized; targets are for training."""
-        height, width = resized_shape(torch._shape_as_tensor(image)[-2:], self.min_size[-1], self.max_size)
-        resized = nnf.interpolate(image[None], size=[height, width], mode="bilinear", align_corners=False)[0]
-        return resized, target
-
-
-def resized_shape(shape: Tensor, min_size: int, max_size: int) -> Tensor:
-    """Return (height, width) int64 [2] after the model's resize, of ``shape`` int64 [2].
-
-    Division by a tensor of one's own: ``number / tensor`` is ``number * (1 / tensor)`` in torch, which rounds twice.
-    """
-    sides = shape.to(torch.float64)
-    limits = torch.tensor([min_size, max_size], dtype=torch.float64)
-    scale = (limits / torch.stack([sides.min(), sides.max()])).min()
-    return (sides * scale).floor().to(torch.int64)
-
-
-def exportable(model: nn.Module, spec: ModelSpec, to_format: str) -> OnePicture:
-    """Return a copy of a detector that has PyTorch's sizes when it is scripted or traced."""
-    copied = copy.deepcopy(model)
-    if spec.architecture.fixed_size is None:
-        transform: Any = copied.transform
-        transform.__class__ = TracedResize if to_format == "onnx" else ScriptedResize
-    return OnePicture(copied).eval()
 
 
 def dataset_pictures(flags: Mapping[str, Any]) -> list[Path]:
@@ -205,67 +145,49 @@ def load_pictures(paths: list[str] | None, trained: TrainedModel) -> list[Pictur
     ]
 
 
-def need(*names: str) -> Any:
-    """Import optional libraries and return the last of them.
+@dataclass(frozen=True)
+class Case:
+    """Pictures of one size, and what PyTorch finds in each.
+
+    Attributes:
+        name: Names the pictures in errors.
+        images: float32 [B, 3, H, W].
+        expected: The outputs that are compared, one dict for each picture.
+    """
+
+    name: str
+    images: Tensor
+    expected: list[Outputs]
+
+
+def build_cases(model: OnePicture, pictures: list[Picture]) -> list[Case]:
+    """Run the model: on every picture alone, and on the first one beside its mirror image, as a batch.
 
     Raises:
-        ValueError: One is not installed.
+        ValueError: It finds nothing in any of them.
     """
-    try:
-        return [importlib.import_module(name) for name in names][-1]
-    except ImportError as error:
-        raise ValueError(
-            f"--format onnx needs {' and '.join(names)} ({error}): pip install {' '.join(names)}"
-        ) from None
+    batches = [(name, image[None]) for name, image in pictures]
+    name, image = pictures[0]
+    batches.append((f"{name} and its mirror image", torch.stack([image, image.flip(-1)])))
+    cases = [Case(name, images, [_without_heat(model(image)) for image in images]) for name, images in batches]
+    if not any(len(outputs["scores"]) for case in cases for outputs in case.expected):
+        raise ValueError("no detection on any picture, so nothing was compared; give --images with objects")
+    return cases
 
 
-def write_torchscript(model: OnePicture, path: Path, metadata: dict[str, Any]) -> None:
-    """Script the model and write it, with ``metadata.json`` inside."""
-    scripted = torch.jit.script(model)
-    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
-    torch.jit.save(scripted, content, _extra_files={"metadata.json": json.dumps(metadata)})
-    path.write_bytes(content.getbuffer())
+def _without_heat(outputs: Mapping[str, Tensor]) -> Outputs:
+    """Return outputs as arrays; scores of single keypoints are not compared, hence left out where that is possible."""
+    return {key: value.numpy() for key, value in outputs.items() if key != "keypoints_scores"}
 
 
-def run_torchscript(path: Path) -> Runner:
-    """Load a TorchScript file and return a function from picture to outputs."""
-    loaded = torch.jit.load(str(path), map_location="cpu")
-    return lambda image: {name: value.numpy() for name, value in loaded(image).items()}
+def build_metadata(trained: TrainedModel, shape: str, outputs: str) -> dict[str, Any]:
+    """Return what a user of the exported file needs to know, as plain values.
 
-
-def write_onnx(model: OnePicture, path: Path, metadata: dict[str, Any], example: Tensor, names: list[str]) -> None:
-    """Trace the model on ``example`` and write it, with the metadata as properties of the file.
-
-    The tracing exporter is used: torchvision's detectors carry the code that keeps picture sizes and numbers of
-    detections variable in a trace.
+    Args:
+        trained: The model and what its outputs mean.
+        shape: What the file takes, without type and values.
+        outputs: In what shape every output begins.
     """
-    onnx = need("onnx")
-    torch.onnx.export(
-        InOrder(model, names).eval(),  # the exporter would put its parts into training mode afterwards
-        (example,),
-        str(path),
-        input_names=["image"],
-        output_names=names,
-        dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}},
-        opset_version=ONNX_OPSET,
-        dynamo=False,
-    )
-    content = onnx.load(str(path))
-    onnx.helper.set_model_props(content, {name: json.dumps(value) for name, value in metadata.items()})
-    path.write_bytes(content.SerializeToString())
-
-
-def run_onnx(path: Path, names: list[str]) -> Runner:
-    """Open an ONNX file with onnxruntime and return a function from picture to outputs."""
-    runtime = need("onnx", "onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda image: dict(zip(names, session.run(names, {"image": image.numpy()})))
-
-
-def build_metadata(trained: TrainedModel) -> dict[str, Any]:
-    """Return what a user of the exported file needs to know, as plain values."""
     spec, labels = trained.spec, trained.label_map
     architecture = spec.architecture
     size: dict[str, Any] = {
@@ -283,14 +205,14 @@ def build_metadata(trained: TrainedModel) -> dict[str, Any]:
     return {
         "model": spec.name,
         "classes": classes,
-        "input": "image: float32 [3, height, width], RGB, 0..1, upright, any size; the model resizes and normalises",
+        "input": f"{shape}, float32, RGB, 0..1, upright; the model resizes and normalises",
         "resized_to": size,
         "value_range": {
             **trained.value_range.to_plain(),
             "meaning": "values that were black and white in training, for pictures with more than 8 bits a channel, of "
             "whole and of floating-point numbers; scale such values to 0..1 by them, and cut what is beyond",
         },
-        "boxes": "float32 [detections, 4]: x1, y1, x2, y2 in pixels of the picture",
+        "boxes": f"float32 [{outputs}, 4]: x1, y1, x2, y2 in pixels of the picture",
         "keypoint_names": list(trained.keypoint_names),
         "skeleton": [list(link) for link in trained.skeleton.links],
         "score_threshold": trained.score_threshold,
@@ -304,31 +226,32 @@ def all_candidates(model: OnePicture, image: Tensor) -> Outputs:
         return {key: value.numpy() for key, value in model(image).items()}
 
 
-def check_file(model: OnePicture, exported: Runner, pictures: list[Picture]) -> Agreement:
-    """Run both on all pictures.
+def check_file(model: OnePicture, exported: Runner, cases: list[Case]) -> Agreement:
+    """Run the exported model on all cases.
 
     Raises:
-        ValueError: They do not agree, or there was nothing to compare; the text has the largest differences.
+        ValueError: It gives something else; the text has the largest differences.
     """
     agreement = Agreement()
     refused: list[str] = []
-    for name, image in pictures:
-        expected = {key: value.numpy() for key, value in model(image).items() if key != "keypoints_scores"}
+    has_proposals = hasattr(model.model, "rpn")
+    for case in cases:
         try:
-            found = exported(image)
+            found = exported(case.images)
         except Exception as error:  # a runtime raises what it likes
             text = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name}: the exported model fails: {text}") from error
+            raise ValueError(f"{case.name}: the exported model fails: {text}") from error
         try:
-            candidates = functools.partial(all_candidates, model, image)
-            compare_outputs(expected, found, agreement, name, candidates, has_proposals=hasattr(model.model, "rpn"))
+            for image, expected, outputs in zip(case.images, case.expected, found, strict=True):
+                candidates = functools.partial(all_candidates, model, image)
+                compare_outputs(expected, outputs, agreement, case.name, candidates, has_proposals=has_proposals)
         except ValueError as error:
             refused.append(str(error))
     if refused:
-        where = f"the exported model differs on {len(refused)} of {len(pictures)} pictures"
+        where = f"the exported model differs on {len(refused)} of {len(cases)} pictures"
         raise ValueError(f"{where}: {refused[0]}. All pictures: {agreement} (allowed {TOLERANCES})")
     if not agreement.detections:
-        raise ValueError("no detection on any picture, so nothing was compared; give --images with objects")
+        raise ValueError("no detection of the exported model has a partner in PyTorch, so nothing was compared")
     return agreement
 
 
@@ -340,33 +263,114 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Export:
+    """What is exported, and what it is compared with.
+
+    Attributes:
+        trained: The model and what its outputs mean.
+        cases: Single pictures, then a batch.
+        size: The only (height, width) that the file is to take; None for any.
+    """
+
+    trained: TrainedModel
+    cases: list[Case]
+    size: tuple[int, int] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The outputs of a file that takes batches."""
+        return [name for name in OUTPUTS if name in self.cases[0].expected[0] or name == "counts"]
+
+    def to_pt2(self, path: Path) -> tuple[Runner, list[Case]]:
+        """Write torch.export's file."""
+        program, metadata, cases = self._followed()
+        write_pt2(program, path, metadata)
+        return run_pt2(path, self.names), cases
+
+    def to_onnx(self, path: Path) -> tuple[Runner, list[Case]]:
+        """Write ONNX with the exporter that goes by torch.export."""
+        program, metadata, cases = self._followed()
+        write_onnx(program, path, metadata, self.names)
+        return run_onnx(path, self.names), cases
+
+    def to_traced_onnx(self, path: Path) -> tuple[Runner, list[Case]]:
+        """Write ONNX with the exporter that traces torchvision's own forward."""
+        shape, outputs = "images: [1, 3, height, width], any size", "1, detections"
+        metadata = build_metadata(self.trained, shape, outputs)
+        write_traced_onnx(self.trained.model, path, metadata, self.cases[0].images, self.names)
+        return run_onnx(path, self.names), self.cases[:-1]
+
+    def to_torchscript(self, path: Path) -> tuple[Runner, list[Case]]:
+        """Write TorchScript."""
+        metadata = build_metadata(self.trained, "image: [3, height, width], any size", "detections")
+        write_torchscript(self.trained.model, path, metadata)
+        return run_torchscript(path), self.cases[:-1]
+
+    def _followed(self) -> tuple[torch.export.ExportedProgram, dict[str, Any], list[Case]]:
+        """Return the model as a graph, what its users need to know, and what it can be compared on."""
+        cases = self.cases if self.size is None else self.cases[:-1]
+        program = follow(self.trained.model, self.names[:-1], cases[-1].images, self.size is not None)
+        batch, height, width = ("batch", "height", "width") if self.size is None else (1, *self.size)
+        shape = f"images: [{batch}, 3, {height}, {width}]" + ("" if self.size else ", pictures of one size, any")
+        return program, build_metadata(self.trained, shape, f"{batch}, slots"), cases
+
+
+# How to write each format, the best way first.
+WAYS: dict[str, list[Callable[[Export, Path], tuple[Runner, list[Case]]]]] = {
+    "onnx": [Export.to_onnx, Export.to_traced_onnx],
+    "pt2": [Export.to_pt2],
+    "torchscript": [Export.to_torchscript],
+}
+
+
+def write_checked(export: Export, to_format: str, path: Path) -> Agreement:
+    """Write the file in the first way that passes; a warning says why another one is used.
+
+    Raises:
+        ValueError: None passes; the text says why.
+    """
+    model = OnePicture(export.trained.model).eval()
+    ways = WAYS[to_format] if export.size is None else WAYS[to_format][:1]
+    for number, write in enumerate(ways, start=1):
+        try:
+            runner, cases = write(export, path)
+        except Exception as error:  # exporters raise what they like
+            if isinstance(error, OSError):
+                raise
+            reason = f"{export.trained.spec.name} cannot be exported to {to_format}: {why_not(error)}"
+        else:
+            try:
+                return check_file(model, runner, cases)
+            except ValueError as error:
+                reason = str(error)
+        if number == len(ways):
+            raise ValueError(reason)
+        logger.warning("%s: written by the exporter that torch calls deprecated, for one picture at a time", reason)
+    raise AssertionError(to_format)
+
+
 def main(args: argparse.Namespace) -> int:
     """Export, compare, and only then give the file its name."""
-    output = Path(args.output) if args.output else Path(args.checkpoint).with_suffix(FORMATS[args.format])
+    output = Path(args.output) if args.output else Path(args.checkpoint).with_suffix(SUFFIXES[args.format])
     if output.exists():
         raise ValueError(f"--output {output}: exists already; remove it or choose another name")
+    size = tuple(args.size) if args.size else None
+    if size and args.format == "torchscript":
+        raise ValueError("--size goes with --format onnx and pt2; a TorchScript file takes any size")
+    if size and min(size) < SMALLEST_SIDE:
+        raise ValueError(f"--size {size[0]} {size[1]}: expected {SMALLEST_SIDE} pixels or more each")
     if args.format == "onnx":
-        need("onnx", "onnxruntime")
+        need_onnx()
     trained = load_trained_model(Path(args.checkpoint))
+    trained.model.requires_grad_(False)
     pictures = load_pictures(args.images, trained)
-    model = OnePicture(trained.model.requires_grad_(False)).eval()
-    # Scores of single keypoints are not compared, hence left out where another runtime computes them.
-    names = [name for name in model(pictures[0][1]) if name != "keypoints_scores"]
+    if size:
+        pictures = [(name, nnf.interpolate(image[None], size, mode="bilinear")[0]) for name, image in pictures]
+    cases = build_cases(OnePicture(trained.model).eval(), pictures)
     output.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(output) as temporary, quiet():
-        try:
-            exported_model = exportable(trained.model, trained.spec, args.format)
-            if args.format == "onnx":
-                write_onnx(exported_model, temporary, build_metadata(trained), pictures[0][1], names)
-            else:
-                write_torchscript(exported_model, temporary, build_metadata(trained))
-        except Exception as error:  # exporters raise what they like
-            if isinstance(error, (OSError, ValueError)):
-                raise
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{trained.spec.name} cannot be exported to {args.format}: {text}") from error
-        exported = run_onnx(temporary, names) if args.format == "onnx" else run_torchscript(temporary)
-        agreement = check_file(model, exported, pictures)
+        agreement = write_checked(Export(trained, cases, size), args.format, temporary)
     text = "%s: agrees with PyTorch on %d pictures (%s, ...): %s (allowed %s)"
     logger.info(text, output, len(pictures), pictures[0][0], agreement, TOLERANCES)
     return 0

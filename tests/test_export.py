@@ -13,8 +13,10 @@ from helpers.drawn import draw_coco
 from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from helpers.shaken import drawn_images, shaken_checkpoint
 from inference.compare_outputs import Agreement, compare_outputs, pair_detections
+from inference.export_formats import ScriptedResize, TracedResize, with_resize
 from inference.trained_model import load_trained_model
 from models.architectures import ARCHITECTURES
+from models.export_form import resized_shape
 from runtime.checkpoint import load_checkpoint
 from runtime.saved_model import rebuild_model
 
@@ -168,7 +170,9 @@ def test_the_exported_file_runs_elsewhere_and_knows_its_classes(to_format, check
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(output))
-        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": image.numpy()})))
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": image[None].numpy()})))
+        assert found["counts"] == [len(expected["scores"])]
+        found = {name: value[0][: found["counts"][0]] for name, value in found.items()}
         metadata = {p.key: json.loads(p.value) for p in onnx.load(str(output)).metadata_props}
     else:
         extra = {"metadata.json": ""}
@@ -189,7 +193,7 @@ def test_a_file_that_disagrees_is_not_left_behind(checkpoint, tmp_path, monkeypa
 
     def dishonest(path):
         run = honest(path)
-        return lambda image: {**run(image), "boxes": run(image)["boxes"] + 1}
+        return lambda images: [{**found, "boxes": found["boxes"] + 1} for found in run(images)]
 
     monkeypatch.setattr(export, "run_torchscript", dishonest)
     flags = ["--checkpoint", str(checkpoint), "--format", "torchscript", "--output", str(tmp_path / "out" / "a.bin")]
@@ -201,13 +205,15 @@ def test_a_refusal_says_the_largest_differences_of_all_pictures(checkpoint):
     model = export.OnePicture(rebuild_model(load_checkpoint(checkpoint))[0].requires_grad_(False)).eval()
     pictures = [(f"{n}.jpg", image) for n, image in enumerate(drawn_images(3))]
 
-    def off(image):
-        found = {key: value.numpy() for key, value in model(image).items()}
-        return {**found, "boxes": found["boxes"] + (0.25 if image is pictures[1][1] else 0.01)}
+    cases = export.build_cases(model, pictures)
+
+    def off(images):
+        (found,) = [{key: value.numpy() for key, value in model(image).items()} for image in images]
+        return [{**found, "boxes": found["boxes"] + (0.25 if images is cases[1].images else 0.01)}]
 
     text = r"differs on 1 of 3 pictures: 1\.jpg: .*\. All pictures: \d+ detections, boxes within 0\.25 px, .*allowed 0\.1 px"
     with pytest.raises(ValueError, match=text):
-        export.check_file(model, off, pictures)
+        export.check_file(model, off, cases[:-1])
 
 
 def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, checkpoint):
@@ -261,10 +267,11 @@ def test_nothing_to_compare_is_a_failure(tmp_path, monkeypatch, capfd, checkpoin
     assert not (tmp_path / "nothing.torchscript").exists()
 
 
-def test_a_missing_library_is_named_with_its_pip_command(checkpoint, monkeypatch, capfd):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_library_is_named_with_its_pip_command(name, checkpoint, monkeypatch, capfd):
+    monkeypatch.setitem(__import__("sys").modules, name, None)
     assert export.run(["--checkpoint", str(checkpoint), "--format", "onnx"]) == 1
-    assert "pip install onnx onnxruntime" in capfd.readouterr().err
+    assert "pip install onnx onnxscript onnxruntime" in capfd.readouterr().err
 
 
 def test_sizes_that_float32_rounds_down_are_resized_as_in_pytorch(tmp_path):
@@ -272,15 +279,14 @@ def test_sizes_that_float32_rounds_down_are_resized_as_in_pytorch(tmp_path):
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     content = load_checkpoint(shaken_checkpoint(tmp_path / "a.pth", name))
     content["model_spec"]["min_size"], content["model_spec"]["max_size"] = [160], 256
-    model, spec = rebuild_model(content)
+    model, _ = rebuild_model(content)
     rng = np.random.default_rng(0)
     for height, width in ((427, 640), (640, 427), (375, 500), (333, 201)):
         image = torch.from_numpy(rng.random((3, height, width), dtype=np.float32))
         expected = model.transform.eval()([image])[0]
-        for to_format in ("onnx", "torchscript"):
-            resize = export.exportable(model, spec, to_format).model.transform
-            resize = torch.jit.script(resize) if to_format == "torchscript" else resize
-            found = resize([image])[0]
+        for kind in (TracedResize, ScriptedResize):
+            resize = with_resize(model, kind).model.transform
+            found = (torch.jit.script(resize) if kind is ScriptedResize else resize)([image])[0]
             assert found.image_sizes == expected.image_sizes
             assert torch.allclose(found.tensors, expected.tensors, atol=1e-5)
 
@@ -290,9 +296,9 @@ def test_traced_sizes_are_those_of_plain_division():
         long = short * 3 // 2
         scale = min(96 / short, 160 / long)
         expected = [int(short * scale), int(long * scale)]
-        assert export.resized_shape(torch.tensor([short, long]), 96, 160).tolist() == expected
+        assert resized_shape(torch.tensor([short, long]), 96, 160).tolist() == expected
         # The height that torchvision has when it computes in Python, for pictures that only their short side limits.
-        assert export.resized_shape(torch.tensor([short, short]), 96, 160).tolist() == [int(short * (96 / short))] * 2
+        assert resized_shape(torch.tensor([short, short]), 96, 160).tolist() == [int(short * (96 / short))] * 2
 
 
 @pytest.fixture(scope="module")
