@@ -6,7 +6,9 @@ import pytest
 from evaluation.bootstrap import (
     MAX_WORK,
     RESAMPLED,
+    Difference,
     draw_weights,
+    format_intervals,
     interval,
     metric_intervals,
     num_resamples,
@@ -124,7 +126,31 @@ def test_weights_depend_on_the_seed_only_and_draw_with_repetition():
 def test_the_number_of_resamples_is_bounded():
     assert num_resamples(0) == num_resamples(1000) == 1000
     assert num_resamples(MAX_WORK // 200) == 200
+    assert num_resamples(MAX_WORK // 100) == 100  # a tenth is the least
     assert num_resamples(MAX_WORK // 99) == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_clear"),
+    [(0.01, 0.2, True), (-0.2, -0.01, True), (-0.1, 0.1, False), (0.0, 0.1, False), (None, None, False)],
+)
+def test_a_difference_is_clear_where_its_interval_leaves_out_zero(low, high, is_clear):
+    assert Difference(0.5, 0.6, low, high, 0.9).is_clear == is_clear
+
+
+def test_intervals_do_not_leave_the_range_of_a_figure():
+    truth, results = random_case(3, "bbox")
+    _, result = evaluate(truth, results, "bbox")
+    figures = dict.fromkeys(RESAMPLED, 0.999)
+    result.metrics["bbox"] |= figures
+    assert metric_intervals(result)["bbox"]["AP"][1] == 1.0
+    result.metrics["bbox"] |= dict.fromkeys(RESAMPLED, 0.001)
+    assert metric_intervals(result)["bbox"]["AP"][0] == 0.0
+
+
+def test_intervals_of_ap_are_told_where_there_are_objects():
+    intervals = {"bbox": {"AP": [0.25, 0.5]}, "segm": {"AP": None}}
+    assert format_intervals(intervals) == "AP, bbox: 95% interval over images 0.2500 to 0.5000"
 
 
 def test_intervals_stand_beside_the_figures(monkeypatch):
