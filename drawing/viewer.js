@@ -45,7 +45,7 @@ function startViewer(root) {
   for (const [name, text, exists] of [
     ["boxes", "Boxes", all.length > 0],
     ["masks", "Masks", all.some((object) => object[6])],
-    ["keypoints", "Keypoints", all.some((object) => object[7])],
+    ["keypoints", "Keypoints", all.some((object) => object[7]?.length)],
     ["names", "Names, on the large picture", all.length > 0],
   ]) addSwitch(name, text, exists);
   addSwitch("full", "Only pictures with objects", pictures.some((picture) => picture.objects.length === 0) || all.length > 0);
@@ -104,7 +104,7 @@ function startViewer(root) {
       drawLine(group, "v-mask v-outline", outline);
     }
     drawLine(group, "v-box", `M${x1} ${y1}H${x2}V${y2}H${x1}z`);
-    if (points) {
+    if (points?.length) {
       const at = (k) => `${points[3 * k]} ${points[3 * k + 1]}`;
       const links = content.links.filter(([a, b]) => points[3 * a + 2] && points[3 * b + 2]);
       drawLine(group, "v-points v-links", links.map(([a, b]) => `M${at(a)}L${at(b)}`).join(""));
@@ -127,7 +127,7 @@ function startViewer(root) {
     const shown = shownObjects(picture);
     const found = shown.filter((object) => !isTruth(object)).length;
     if (!hasTruth) return `${found} object${found === 1 ? "" : "s"}`;
-    return `${found} detected, ${shown.length - found} annotated`;
+    return `${found}\u00a0detected, ${shown.length - found}\u00a0annotated`; // breaks at the comma only
   };
 
   // The grid: cards are made as far as one scrolls, and only those near the screen have marks
@@ -183,11 +183,11 @@ function startViewer(root) {
   const large = find("large"), frame = find("frame");
   let current = -1, marks = [], names = [], cameFromGrid = false;
   const nameOf = (object, picture) => {
-    const [id, score, x1, y1, x2, y2] = object;
+    const [id, score, x1, y1, x2, y2, , , caption] = object;
     const [name, colour, text] = classOf(id);
     const item = document.createElement("li");
-    const words = [Object.keys(content.classes).length > 1 ? name : "", score === null ? "annotated" : score.toFixed(2)];
-    item.textContent = words.join(" ").trim(); // an only class needs no name
+    const found = Object.keys(content.classes).length > 1 ? `${name} ${score?.toFixed(2)}` : score?.toFixed(2);
+    item.textContent = score === null ? caption || "annotated" : found; // an only class needs no name
     item.style.setProperty("--colour", score === null ? "#fff" : colour);
     item.style.color = score === null ? "#141414" : text;
     const y = (score === null ? y2 : y1) / picture.height;

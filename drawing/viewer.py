@@ -5,6 +5,7 @@ page as they are, so that it needs nothing from elsewhere. What comes from users
 the page, and the script treats it as text.
 """
 
+import base64
 import html
 import io
 import json
@@ -110,20 +111,25 @@ def viewer_picture(
         "objects": objects,
     }
     texts = {"group": group, "note": note}
-    return _to_json({**picture, **{key: text for key, text in texts.items() if text}})
+    return to_json({**picture, **{key: text for key, text in texts.items() if text}})
 
 
 def _plain_objects(drawn: Drawn, scores: np.ndarray | None, tolerance: float) -> list[list[Any]]:
-    """Return objects as the script reads them: class, score or null, x1, y1, x2, y2, outline, x, y, v of keypoints."""
+    """Return objects as the script reads them: class, score, x1, y1, x2, y2, outline, x, y, v of keypoints, caption.
+
+    An annotated one has no score, and a caption instead.
+    """
     objects = []
     for n, (id_, box) in enumerate(zip(drawn.colours.tolist(), np.round(drawn.boxes, 1).tolist())):
         # Cut, not rounded: a score is at a threshold of four digits or above exactly where it was before.
         score = None if scores is None else _floor(float(scores[n]))
-        plain: list[Any] = [id_, score, *map(_short, box)]
-        if drawn.masks is not None or drawn.keypoints is not None:
-            plain.append("" if drawn.masks is None else outline_path(drawn.masks[n], tolerance))
-        if drawn.keypoints is not None:
-            plain.append([_short(value) for value in np.round(drawn.keypoints[n], 1).reshape(-1).tolist()])
+        outline = "" if drawn.masks is None else outline_path(drawn.masks[n], tolerance)
+        points = [] if drawn.keypoints is None else np.round(drawn.keypoints[n], 1).reshape(-1).tolist()
+        plain: list[Any] = [id_, score, *map(_short, box), outline, [_short(value) for value in points]]
+        if scores is None:
+            plain.append(drawn.captions[n])
+        while len(plain) > 6 and not plain[-1]:  # what is not there takes no room at the end
+            plain.pop()
         objects.append(plain)
     return objects
 
@@ -147,9 +153,14 @@ def outline_path(block: MaskBlock, tolerance: float) -> str:
     return path.replace(" -", "-")
 
 
-def _to_json(value: Any) -> str:
+def to_json(value: Any) -> str:
     """Return JSON in ASCII that no HTML parser takes for the end of a script or a comment."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def embedded_jpeg(pixels: np.ndarray) -> str:
+    """Return `page_jpeg` as a data URI, for a page without files beside it."""
+    return f"data:image/jpeg;base64,{base64.b64encode(page_jpeg(pixels)).decode()}"
 
 
 def viewer_fragment(settings: ViewerSettings, pictures: Sequence[str]) -> str:
@@ -171,7 +182,7 @@ def viewer_fragment(settings: ViewerSettings, pictures: Sequence[str]) -> str:
         "note": settings.note,
         "alone": settings.alone,
     }
-    content = f'{_to_json(head)[:-1]},"pictures":[\n' + ",\n".join(pictures) + "\n]}"
+    content = f'{to_json(head)[:-1]},"pictures":[\n' + ",\n".join(pictures) + "\n]}"
     parts = {suffix: path.read_text(encoding="utf-8") for suffix, path in _PARTS.items()}
     data = f'<script type="application/json" class="v-content">\n{content}\n</script>\n</section>'
     body = parts["html"].replace("</section>", data)

@@ -1,7 +1,6 @@
-"""Pictures of the worst and the best images of an evaluation, ground truth and detections side by side."""
+"""The worst and the best images of an evaluation, ground truth and detections: as picture files and for the page."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from annotations.arrays import Annotations
 from annotations.record_reader import Record
+from annotations.skeleton import Skeleton
 from coco_eval import CocoEvaluator
 from drawing.drawn_objects import caption_names, drawn_detections, drawn_truth
 from drawing.pictures import Drawn, contact_sheet, draw_objects, save_picture
@@ -18,38 +18,14 @@ from evaluation.results_files import read_results_of_images
 from loading.split import Split
 from pixels.images import BadImageError
 from pixels.masks import MaskBlock, block_from_rle
+from report.eval_viewer import LOWEST_SCORE, MAX_SHOWN, Example, viewer_example, write_viewer
 
 logger = logging.getLogger(__name__)
 
-# Pictures of each sort, the longer side of each in pixels, and how many detections are drawn into one at most.
+# Pictures of each sort, the longer side of each file's in pixels, and how many detections are drawn into one at most.
 NUM_PICTURES = 6
 LONG_SIDE = 560
 MAX_DRAWN = 50
-
-
-@dataclass(frozen=True)
-class Example:
-    """One picture in the folder of an evaluation, and what it shows.
-
-    Attributes:
-        picture: Name of the picture file.
-        sort: "worst" or "best".
-        image_id: The image's id in the annotations.
-        file_name: The image's file as the annotations name it.
-        objects: Number of objects.
-        detections: Number of detections that count.
-        hits: Objects found.
-        f1: At IoU 0.5 and the score threshold.
-    """
-
-    picture: str
-    sort: str
-    image_id: int | str
-    file_name: str
-    objects: int
-    detections: int
-    hits: int
-    f1: float
 
 
 def draw_examples(
@@ -60,7 +36,7 @@ def draw_examples(
     predictions_dir: Path,
     score_threshold: float,
 ) -> list[Example]:
-    """Write ``worst_N.jpg`` and ``best_N.jpg``: portraits beside each other, others above each other.
+    """Write ``worst_N.jpg``, ``best_N.jpg``, and what the page shows of the same images.
 
     Args:
         folder: Where to.
@@ -68,7 +44,7 @@ def draw_examples(
         images: Hits and mistakes of its images.
         split: Where pixels come from.
         predictions_dir: With ``predictions_<kind>.json`` of every kind of score.
-        score_threshold: Detections below are not shown.
+        score_threshold: Detections below are not drawn; the page starts with it.
 
     Returns:
         What was drawn, worst first, then best first.
@@ -81,11 +57,12 @@ def draw_examples(
     ids = [annotations.own_id(int(annotations.image_ids[images.positions[n]])) for _, n in chosen]
     records = {t: read_results_of_images(predictions_dir / f"predictions_{t}.json", ids) for t in evaluator.iou_types}
     examples: list[Example] = []
+    pictures: list[str] = []
     numbers = {"worst": 0, "best": 0}
     for (sort, n), image_id in zip(chosen, ids):
         i = int(images.positions[n])
         try:
-            pixels = torch.from_numpy(split.images.read(annotations, i).copy()).permute(2, 0, 1)
+            pixels = split.images.read(annotations, i)
         except BadImageError as error:
             logger.warning("no picture: %s", error)
             continue
@@ -102,7 +79,7 @@ def draw_examples(
             float(images.f1[n]),
         )
         of_image = {kind: records[kind][image_id] for kind in records}
-        detections = drawn_results(of_image, annotations, i, score_threshold)
+        detections = detections_of(of_image, annotations, i, min(LOWEST_SCORE, score_threshold))
         truth = drawn_truth(
             annotations,
             i,
@@ -110,29 +87,44 @@ def draw_examples(
             with_masks="segm" in evaluator.iou_types,
             with_keypoints=annotations.num_keypoints > 0,
         )
+        found = drawn_detections(detections, caption_names(annotations))
+        pictures.append(viewer_example(example, pixels, truth, found, detections.scores))
+        counting = detections.take(np.flatnonzero(detections.scores >= score_threshold)[:MAX_DRAWN])
         sides = [
             (f"annotated: {example.objects} object(s)", truth),
-            (f"detected at {score_threshold:.2f}: {len(detections)}, {example.hits} right", detections),
+            (
+                f"detected at {score_threshold:.2f}: {len(counting)}, {example.hits} right",
+                drawn_detections(counting, caption_names(annotations)),
+            ),
         ]
-        pair = [(text, draw_objects(pixels, side, split.skeleton, shown_at=LONG_SIDE)) for text, side in sides]
-        columns = 1 if pixels.shape[-1] >= pixels.shape[-2] else 2
-        save_picture(contact_sheet(pair, columns=columns, cell=LONG_SIDE), folder / name)
+        _draw_sheet(folder / name, pixels, sides, split.skeleton)
         examples.append(example)
+    write_viewer(folder, annotations, split.skeleton, score_threshold, pictures)
     return examples
 
 
-def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i: int, score_threshold: float) -> Drawn:
-    """Return the detections of image ``i`` at the threshold or above, best first, `MAX_DRAWN` at most.
+def _draw_sheet(path: Path, pixels: np.ndarray, sides: list[tuple[str, Drawn]], skeleton: Skeleton) -> None:
+    """Draw one image twice, as annotated and as detected: portraits beside each other, others above each other."""
+    picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    pair = [(text, draw_objects(picture, side, skeleton, shown_at=LONG_SIDE)) for text, side in sides]
+    columns = 1 if pixels.shape[1] >= pixels.shape[0] else 2
+    save_picture(contact_sheet(pair, columns=columns, cell=LONG_SIDE), path)
+
+
+def detections_of(
+    of_image: dict[str, list[Record]], annotations: Annotations, i: int, lowest_score: float
+) -> Detections:
+    """Return the detections of image ``i`` of at least that score, best first, `MAX_SHOWN` at most.
 
     Args:
         of_image: Records by kind of score in one order, those of keypoints perhaps fewer.
         annotations: Gives the size of the image, and the number of keypoints.
         i: Position of the image in ``annotations``.
-        score_threshold: For the boxes.
+        lowest_score: For the boxes.
     """
     boxes, masks, points = of_image["bbox"], of_image.get("segm"), of_image.get("keypoints")
-    chosen = [n for n, record in enumerate(boxes) if record["score"] >= score_threshold]
-    chosen = sorted(chosen, key=lambda n: -boxes[n]["score"])[:MAX_DRAWN]
+    chosen = [n for n, record in enumerate(boxes) if record["score"] >= lowest_score]
+    chosen = sorted(chosen, key=lambda n: -boxes[n]["score"])[:MAX_SHOWN]
     blocks: list[MaskBlock] | None = None
     if masks is not None:
         height, width = int(annotations.heights[i]), int(annotations.widths[i])
@@ -147,11 +139,10 @@ def drawn_results(of_image: dict[str, list[Record]], annotations: Annotations, i
                 aligned[n] = np.reshape(record["keypoints"], (-1, 3))
                 record = next(rest, None)
         keypoints = aligned[chosen]
-    detections = Detections(
+    return Detections(
         np.array([boxes[n]["category_id"] for n in chosen], dtype=np.int64),
         np.array([boxes[n]["score"] for n in chosen], dtype=np.float64),
         np.array([boxes[n]["bbox"] for n in chosen], dtype=np.float64).reshape(-1, 4),
         blocks,
         keypoints,
     )
-    return drawn_detections(detections, caption_names(annotations))

@@ -18,6 +18,7 @@ from files import write_aside
 from loading.split import Split
 from report import plots
 from report.eval_files import CLASS_COLUMNS, F1_COLUMNS, keep_best, main_figure, write_evaluation
+from report.eval_viewer import read_viewer
 from runtime.run_folder import BEST_EVAL, NEWEST_EVAL, is_installed, read_summary
 from runtime.trackers import read_metrics
 from training.evaluate_model import Evaluation
@@ -103,14 +104,7 @@ def page_content(run_dir: Path) -> dict[str, Any]:
         "false_alarms": summary.get("false_positives_per_background_image"),
         "background_images": summary.get("background_images"),
         "keypoints": _table_of_keypoints(summary.get("keypoint_errors", {})),
-        "examples": {
-            sort: [
-                {**example, "source": _embed(folder / example["picture"])}
-                for example in summary.get("examples", ())
-                if example["sort"] == sort
-            ]
-            for sort in ("worst", "best")
-        },
+        "pictures": read_viewer(folder),
         "settings": summary.get("settings", {}),
     }
 

@@ -141,6 +141,30 @@ def test_pictures_show_the_worst_and_the_best(keypoint_data, tmp_path):
         assert (picture.width > picture.height) == (height > width)  # portraits beside, others above each other
 
 
+@pytest.mark.parametrize("task", KINDS)
+def test_the_page_of_the_examples_has_their_objects_and_detections(task, request, tmp_path):
+    data = request.getfixturevalue(f"{task}_data")
+    evaluate_once(data, tmp_path / "run", task, epoch=0, noise=3)
+    folder, truth = tmp_path / "run" / "eval", data.val.annotations
+    pictures = json.loads((folder / "pictures.json").read_text())["pictures"]
+    found, _ = read_results(tmp_path / "run" / "predictions_bbox.json")
+    for picture, example in zip(pictures, read_summary(folder)["examples"], strict=True):
+        i = truth.image_ids.tolist().index(example["image_id"])
+        span = truth.objects(i)
+        kept = [r for r in found if r["image_id"] == example["image_id"] and r["score"] >= 0.05]
+        detected = [o for o in picture["objects"] if o[1] is not None]
+        annotated = [o for o in picture["objects"] if o[1] is None]
+        for objects, boxes in ((detected, [r["bbox"] for r in kept]), (annotated, truth.boxes_xywh[span])):
+            x, y, w, h = np.reshape(boxes, (-1, 4)).T
+            np.testing.assert_allclose([o[2:6] for o in objects], np.stack([x, y, x + w, y + h], axis=1), atol=0.051)
+        assert [o[0] for o in annotated] == truth.category_ids[span].tolist()
+        assert ["crowd" in o[8] if len(o) > 8 else False for o in annotated] == truth.is_crowd[span].tolist()
+        if task == "keypoint":
+            np.testing.assert_allclose([o[7] for o in annotated], truth.keypoints[span].reshape(len(annotated), -1))
+        else:
+            assert all(o[6].startswith("M") for o in annotated)
+
+
 def test_a_results_file_is_read_for_some_images_only(mask_data, tmp_path):
     evaluate_once(mask_data, tmp_path, "mask", epoch=0, noise=3)
     for kind in ("bbox", "segm"):
@@ -186,7 +210,7 @@ def test_without_predictions_there_are_no_pictures_and_all_else(mask_data, tmp_p
     evaluate_once(mask_data, tmp_path, "mask", epoch=0, noise=1, with_predictions=False)
     names = {path.name for path in (tmp_path / "best").iterdir()}
     assert {"figures.csv", "confusion.png", "matches_segm.npz"} <= names
-    assert not [name for name in names if name.endswith(".jpg") or name.startswith("predictions")]
+    assert not [name for name in names if name.endswith(".jpg") or name.startswith(("predictions", "pictures"))]
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from helpers.browser import errors, open_browser, settle, show
 from helpers.drawn import draw_coco
 from helpers.near_truth import evaluate_once
 from loading.splits import Source, load_data
@@ -53,6 +54,39 @@ def run_dir(tmp_path_factory):
     return root / "run"
 
 
+def content_of(text):
+    return json.loads(re.search(r'<script type="application/json" class="v-content">(.*?)</script>', text, re.S)[1])
+
+
+@pytest.mark.slow
+def test_the_worst_and_best_images_are_looked_at_in_a_browser(run_dir, tmp_path):
+    summary = read_summary(run_dir / "best")
+    examples = summary["examples"]
+    pictures = content_of((run_dir / "report.html").read_text())["pictures"]
+    assert [picture["name"] for picture in pictures] == [example["file_name"] for example in examples]
+    with open_browser(tmp_path / "profile") as browser:
+        show(browser, run_dir / "report.html")
+        groups = [heading.text for heading in browser.find_elements("class name", "v-group")]
+        assert groups == ["Worst images", "Best images"] and not errors(browser)
+        cards = browser.find_elements("class name", "v-card")
+        assert len(cards) == len(examples)
+        counts = [list(map(int, re.findall(r"\d+", card.find_element("class name", "v-count").text))) for card in cards]
+        assert counts == [[e["detections"], e["objects"]] for e in examples]
+        # Down to the slider's end there are more: all that was found from its lowest score on.
+        slider = browser.find_element("class name", "v-threshold")
+        slider.send_keys("\ue011")  # Home
+        settle(browser)
+        objects = [object_ for picture in pictures for object_ in picture["objects"] if object_[1] is not None]
+        assert f"{len(objects)} detected" in browser.find_element("class name", "v-total").text
+        assert len(objects) > sum(e["detections"] for e in examples) and min(o[1] for o in objects) >= 0.05
+        show(browser, run_dir / "report.html", 390, 844, at="picture-2")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        assert browser.find_element("class name", "v-quiet").text.startswith(f"F1 {examples[1]['f1']:.2f}: ")
+        browser.switch_to.active_element.send_keys("j")
+        settle(browser)
+        assert browser.find_element("class name", "v-place").text == f"3 of {len(examples)}"
+
+
 def shown(value):
     return "n/a" if value is None else f"{value:.4f}"
 
@@ -61,9 +95,10 @@ def test_the_page_is_well_formed_and_needs_nothing_else(run_dir):
     text = (run_dir / "report.html").read_text()
     page = Page(text)
     assert not page.wrong and not page.open
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
-    assert not re.search(r"""(https?:)?//[a-z]|url\(|@import""", re.sub(r'src="data:[^"]*"', "", text))
-    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert not [attrs for tag, attrs in page.tags if tag in ("link", "iframe") or (tag == "script" and "src" in attrs)]
+    assert not re.search(r"""(https?:)?//[a-z]|url\(|@import""", re.sub(r'"data:[^"]*"', "", text))
+    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img" and "src" in attrs]
+    sources += [picture["source"] for picture in content_of(text)["pictures"]]
     assert len(sources) >= 8 and all(source.startswith("data:image/") for source in sources)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
     assert "prefers-color-scheme: dark" in text
