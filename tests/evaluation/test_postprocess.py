@@ -200,6 +200,23 @@ def test_keypoints_are_located_as_by_torchvision_after_one_wait():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pictures_are_normalised_as_by_torchvision_without_a_wait(dtype):
+    transform = GeneralizedRCNNTransform(100, 200, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval()
+    pictures = [image.to(dtype) for image in images()]
+    expected = transform(pictures)[0].tensors
+    model = torch.nn.Module()
+    model.transform = transform
+    found = []
+    with fast_scoring(model):
+        transform(pictures)  # constants are copied once
+        waits = count_waits(lambda: found.append(transform(pictures)[0].tensors))
+    assert torch.equal(found[0], expected)
+    assert waits.total() == (0 if dtype == torch.float32 else 2 * len(pictures))
+    assert count_waits(lambda: transform(pictures)).total() == 2 * len(pictures)
+
+
+@torch.inference_mode()
 def test_results_are_scaled_as_by_torchvision_without_a_wait():
     generator = torch.Generator().manual_seed(0)
     transform = GeneralizedRCNNTransform(100, 200, [0.5] * 3, [0.5] * 3)
