@@ -220,6 +220,7 @@ function startViewer(root) {
     refresh(marks, pictures[current]);
     refresh(names, pictures[current]);
     large.querySelector("figcaption .v-count").textContent = describe(pictures[current]);
+    frame.setAttribute("aria-label", `${pictures[current].name}: ${describe(pictures[current])}`);
     find("place").textContent = `${current + 1} of ${pictures.length}`;
     find("previous").disabled = neighbour(-1) < 0;
     find("next").disabled = neighbour(1) < 0;
@@ -261,6 +262,19 @@ function startViewer(root) {
   find("back").addEventListener("click", close);
   find("previous").addEventListener("click", () => step(-1));
   find("next").addEventListener("click", () => step(1));
+
+  // A finger that moves sideways steps too; where the picture is enlarged it moves that
+  let touched = null;
+  const isEnlarged = () => visualViewport.scale > 1;
+  visualViewport.addEventListener("resize", () => frame.classList.toggle("v-enlarged", isEnlarged()));
+  frame.addEventListener("touchstart", ({ touches }) => {
+    touched = touches.length === 1 && !isEnlarged() ? touches[0] : null;
+  }, { passive: true });
+  frame.addEventListener("touchend", ({ changedTouches: [{ clientX, clientY }] }) => {
+    const by = touched ? clientX - touched.clientX : 0;
+    if (Math.abs(by) > 50 && Math.abs(by) > 2 * Math.abs(clientY - touched.clientY)) step(by < 0 ? 1 : -1);
+    touched = null;
+  });
 
   // Keys: those that move a slider or a switch stay theirs
   document.addEventListener("keydown", (event) => {

@@ -171,6 +171,27 @@ def test_keys_step_through_the_pictures(browser, results):
     assert find(browser, "grid").is_displayed()
 
 
+def swipe(browser, by, down=0):
+    """Move a finger over the large picture."""
+    box = find(browser, "frame").rect
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for kind, points in (
+        ("touchStart", [{"x": x, "y": y}]),
+        ("touchMove", [{"x": x + by, "y": y + down}]),
+        ("touchEnd", []),
+    ):
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    settle(browser)
+
+
+@pytest.mark.slow
+def test_fingers_step_through_the_pictures(browser, results):
+    show(browser, results / "index.html", 390, 844, at="picture-2")
+    for by, down, expected in ((-100, 10, 3), (-100, 0, 4), (120, 0, 3), (-20, 0, 3), (-60, 200, 3)):
+        swipe(browser, by, down)
+        assert place(browser) == f"{expected} of 6"
+
+
 @pytest.mark.slow
 def test_masks_and_keypoints_lie_where_they_were_found(browser, ring):
     page, mask = ring
