@@ -1,7 +1,8 @@
-"""Find objects in pictures with a trained model.
+"""Find objects in pictures and videos with a trained model.
 
     python predict.py --checkpoint runs/first/weights/best.pth photos/ more/*.jpg
     python predict.py --checkpoint best.pth "albums/**/*.png" --score-threshold 0.3 --output-dir found
+    python predict.py --checkpoint best.pth clip.mp4 --every 5
 
 The checkpoint knows model, classes, keypoints and sizes. Written are pictures with what was found in them,
 ``index.html`` (a page to look at it), ``predictions.json`` (COCO results), ``images.json`` (which image id is which
@@ -22,7 +23,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +37,8 @@ from inference.detector import Detector
 from inference.found import Found
 from inference.picture_files import BadFile, format_left_out, search_images
 from inference.picture_ids import ids_from_file
-from inference.result_pictures import make_folders, name_files, save_result, write_page
+from inference.result_pictures import PictureResults, short_stem, write_page
+from inference.result_rows import JsonList, csv_header, csv_rows
 from inference.tiles import DEFAULT_OVERLAP, Tiling
 from inference.trained_model import (
     DEFAULT_SCORE_THRESHOLD,
@@ -45,8 +47,8 @@ from inference.trained_model import (
     load_trained_model,
     settle_brightness,
 )
-from pixels.images import is_text
-from pixels.masks import MaskBlock
+from inference.video import Frame, is_video_name, load_av
+from inference.video_results import VideoResults
 from process.device import choose_device, use_device
 from process.waiting import EXIT_SIGNAL
 from runtime.signals import StopRequest
@@ -60,8 +62,8 @@ EXIT_SOME_SKIPPED = 4
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
-    parser = argparse.ArgumentParser(description="Find objects in pictures", formatter_class=HelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="search these image files, folders and globs")
+    parser = argparse.ArgumentParser(description="Find objects in pictures and videos", formatter_class=HelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="search these image files, videos, folders and globs")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="use the model in this file of train.py")
     parser.add_argument("--output-dir", metavar="DIR", help="write to this new folder; default: runs/predict-<time>")
     parser.add_argument(
@@ -79,6 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="take up to N pictures at a time, N >= 1"
     )
+    parser.add_argument("--every", type=int, metavar="N", help="take every N-th frame of videos; default: every one")
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS",
         help="cut pictures that are larger into tiles of this size and join what is found in them"
@@ -115,6 +118,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--batch-size {args.batch_size}: expected at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: expected 0 or more")
+    if args.every is not None and args.every < 1:
+        parser.error(f"--every {args.every}: expected at least 1")
     try:
         Tiling.of_flags(args.tile, args.overlap, args.batch_size)
     except ValueError as error:
@@ -146,52 +151,6 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     """Open a text file for writing that takes its name only when everything is in it."""
     with write_aside(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         yield file
-
-
-def csv_header(trained: TrainedModel) -> list[str]:
-    """Return the names of the csv's columns."""
-    header = ["file_name", "image_id", "category_id", "class", "score", "x1", "y1", "x2", "y2"]
-    if "segm" in trained.spec.iou_types:
-        header.append("mask_area")
-    if "keypoints" in trained.spec.iou_types:
-        header += [f"{name}_{axis}" for name in trained.keypoint_names for axis in "xy"]
-    return header
-
-
-def csv_rows(file_name: str, image_id: int | str, found: Found) -> list[list[Any]]:
-    """Return a row per object; lengths in pixels from the top left corner of the upright picture."""
-    rows: list[list[Any]] = []
-    texts = dict(found.trained.label_map.id_texts)
-    boxes, keypoints, masks = found.boxes, found.keypoints, found.detections.masks
-    for n, (category, name, score) in enumerate(zip(found.category_ids.tolist(), found.class_names, found.scores)):
-        row: list[Any] = [file_name, image_id, texts.get(category, category), name]
-        row += [f"{score:.6f}", *(f"{v:.2f}" for v in boxes[n])]
-        if masks is not None:
-            mask = masks[n]
-            assert isinstance(mask, MaskBlock)
-            row.append(int(mask.pixels.sum()))
-        if keypoints is not None:
-            row += [f"{v:.2f}" for v in keypoints[n].reshape(-1)]
-        rows.append(row)
-    return rows
-
-
-def finish_drawing(drawing: list[tuple[Record, Future[str]]], parts: list[str]) -> OSError | None:
-    """Wait for pictures to be written, and add their parts of the page to ``parts``.
-
-    Returns the first error; the files of pictures with one are taken from their entries.
-    """
-    failure = None
-    for entry, future in drawing:
-        error = future.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
-        if error is not None:
-            failure = failure or error
-            del entry["overlay"], entry["picture"]
-        else:
-            parts.append(future.result())
-    return failure
 
 
 def run_to_plain(
@@ -241,18 +200,104 @@ def write_index(
     return None
 
 
+def split_videos(files: list[Path], args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """Return (pictures, videos) of the files.
+
+    Raises:
+        ValueError: There are videos, and what they need is not installed or they do not go with the flags.
+    """
+    videos = [path for path in files if is_video_name(path)]
+    if videos:
+        load_av()
+    elif args.every is not None:
+        logger.warning("--every has no effect: there is no video among the files")
+    if videos and args.ids_from:
+        raise ValueError(f"--ids-from has ids of pictures, not of frames: predict {videos[0]} without it")
+    return [path for path in files if not is_video_name(path)], videos
+
+
+def predict_pictures(
+    detector: Detector,
+    of_pictures: PictureResults,
+    results: JsonList,
+    table: Any,
+    args: argparse.Namespace,
+    stop: StopRequest,
+    *,
+    with_frames: bool,
+) -> OSError | None:
+    """Predict pictures until all are done or ``stop`` is set; returns the error that ended it."""
+    paths, ids = of_pictures.paths, of_pictures.ids
+    with (
+        ThreadPoolExecutor(max(1, args.workers)) as pool,
+        tqdm(total=len(paths), unit="image", disable=None if paths else True) as bar,
+    ):
+        for batch in detector.over_files(paths, batch_size=args.batch_size, workers=args.workers):
+            stop.install()  # before there is a result a signal ends the command at once
+            failure = of_pictures.finish_drawing()  # of the batch before: no more than two batches are in memory
+            if failure is not None:
+                return failure
+            for found in batch:
+                bar.update()
+                if isinstance(found, BadFile):
+                    of_pictures.skip(found)
+                    continue
+                image_id = ids[found.index]
+                of_pictures.add(found, pool)
+                for record in found.to_coco(image_id):
+                    results.add(record)
+                table.writerows(csv_rows(str(paths[found.index]), image_id, found, with_frames=with_frames))
+            if stop:
+                break
+        return of_pictures.finish_drawing()
+
+
+def predict_videos(
+    detector: Detector,
+    videos: list[Path],
+    of_videos: VideoResults,
+    results: JsonList,
+    table: Any,
+    args: argparse.Namespace,
+    stop: StopRequest,
+) -> OSError | None:
+    """Predict videos one after another until all are done or ``stop`` is set; returns the error that ended it."""
+
+    def report(path: Path, image_id: int, frame: Frame, found: Found) -> None:
+        for record in found.to_coco(image_id):
+            results.add({**record, "frame": frame.number, "seconds": round(frame.seconds, 6)})
+        table.writerows(csv_rows(str(path), image_id, found, with_frames=True, frame=frame))
+
+    for n, path in enumerate(videos):
+        if stop:
+            break
+        overlay = f"overlays/video{n + 1:0{len(str(len(videos)))}d}_{short_stem(path)}.mp4" if args.overlays else None
+        options = {"every": args.every or 1, "batch_size": args.batch_size, "overlay": overlay}
+        try:
+            of_videos.add(detector, path, report, **options, stop=lambda: bool(stop))
+        except OSError as error:
+            return error
+    return None
+
+
+def describe_seen(num_pictures: int, num_frames: int) -> str:
+    """Return how much was looked at in words."""
+    pictures, frames = f"{num_pictures} pictures", f"{num_frames} frames"
+    return pictures if not num_frames else frames if not num_pictures else f"{pictures} and {frames}"
+
+
 def main(args: argparse.Namespace, stop: StopRequest) -> int:
     """Predict until all is done or ``stop`` is set; returns the exit code."""
     # Model and files
     device = choose_device(args.device)
     use_device(device)
     files = search_images(args.paths)
-    paths = files.paths
-    # Image ids count from 1 in the order of the files, broken ones included.
+    paths, videos = split_videos(files.paths, args)
+    # Image ids count from 1 in the order of the files, broken ones included; frames of videos come after them.
     ids = ids_from_file(paths, Path(args.ids_from)) if args.ids_from else list(range(1, len(paths) + 1))
     trained = load_trained_model(Path(args.checkpoint))
     threshold, origin = choose_threshold(args.score_threshold, trained)
-    logger.info("%s, %d files, device %s", trained.spec.name, len(paths), device)
+    logger.info("%s, %d files, device %s", trained.spec.name, len(files.paths), device)
     if files.left_out:
         logger.warning("left out: %s", format_left_out(files.left_out))
     logger.info("score threshold %.4g (%s)", threshold, origin)
@@ -262,80 +307,50 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         logger.info("%s where pictures are larger", tiling)
     detector = Detector(trained, device, threshold, tiling)
 
-    digits = len(str(len(paths)))
-    images: list[Record] = []
-    bad: list[Record] = []
-    parts: list[str] = []
-    num_found, separator = 0, "["
-    failure: OSError | None = None
     with (
         new_output_dir(args.output_dir) as output_dir,
         whole_file(output_dir / "predictions.json") as results_file,
         whole_file(output_dir / "predictions.csv") as csv_file,
-        ThreadPoolExecutor(max(1, args.workers)) as pool,
-        tqdm(total=len(paths), unit="image", disable=None) as bar,
     ):
-        table = csv.writer(csv_file)
-        table.writerow(csv_header(trained))
-        drawing: list[tuple[Record, Future[str]]] = []
-        for batch in detector.over_files(paths, batch_size=args.batch_size, workers=args.workers):
-            if not images and not bad:
-                stop.install()  # before there is a result a signal ends the command at once
-                if args.overlays:
-                    make_folders(output_dir)
-            failure = finish_drawing(drawing, parts)  # of the batch before: no more than two batches are in memory
-            if failure is not None:
-                break
-            drawing = []
-            for result in batch:
-                path, image_id = paths[result.index], ids[result.index]
-                bar.update()
-                if isinstance(result, BadFile):
-                    shown = str(path) if is_text(str(path)) else ascii(str(path))
-                    with suppress(BrokenPipeError):  # images.json says it too
-                        bar.write(f"skipped: {shown}: {result.reason}", file=sys.stderr)
-                    bad.append({"id": image_id, "file_name": str(path), "reason": result.reason})
-                    continue
-                height, width = result.size
-                entry = {"id": image_id, "file_name": str(path), "height": height, "width": width}
-                if args.overlays:
-                    name_files(entry, f"{result.index + 1:0{digits}d}_{path.stem}")
-                    drawing.append((entry, pool.submit(save_result, result, output_dir, entry)))
-                images.append(entry)
-                for record in result.to_coco(image_id):
-                    results_file.write(separator + json.dumps(record))
-                    separator = ",\n"
-                table.writerows(csv_rows(str(path), image_id, result))
-                num_found += len(result)
-            if stop:
-                break
-        failure = failure or finish_drawing(drawing, parts)
-        results_file.write("]\n" if separator != "[" else "[]\n")
+        table, results = csv.writer(csv_file), JsonList(results_file)
+        table.writerow(csv_header(trained, with_frames=bool(videos)))
+        of_pictures = PictureResults(output_dir, paths, ids, args.overlays)
+        of_videos = VideoResults(output_dir, len(paths) + 1)
+        failure = predict_pictures(detector, of_pictures, results, table, args, stop, with_frames=bool(videos))
+        if videos and failure is None and not stop:
+            stop.install()
+            failure = predict_videos(detector, videos, of_videos, results, table, args, stop)
+        results.end()
     position = {id_: n for n, id_ in enumerate(ids)}
-    bad.sort(key=lambda entry: position[entry["id"]])
-    done = {entry["id"] for entry in images + bad}
-    not_reached = [{"id": id_, "file_name": str(path)} for id_, path in zip(ids, paths) if id_ not in done]
+    images, bad = of_pictures.images, sorted(of_pictures.skipped, key=lambda entry: position[entry["id"]])
+    not_reached = of_pictures.not_reached() + [{"file_name": str(v)} for v in videos if v not in of_videos.done]
+    bad += of_videos.skipped
     with whole_file(output_dir / "images.json") as file:
         content = run_to_plain(args, trained, threshold, tiling, images, bad, not_reached, files.left_out)
-        json.dump(content, file, indent=1)
+        if videos:
+            of_videos.write(content, file)
+        else:
+            json.dump(content, file, indent=1)
     if args.overlays and images:
-        error = write_index(args, output_dir, trained, threshold, parts, len(bad), len(not_reached))
+        error = write_index(args, output_dir, trained, threshold, of_pictures.page_parts, len(bad), len(not_reached))
         failure = failure or error
+    found = f"{results.count} objects in {describe_seen(len(images), of_videos.num_frames)}"
     if failure is not None:
-        found = f"{num_found} objects in {len(images)} pictures, found until then, are in {output_dir}"
-        raise ValueError(f"{describe_error(failure)}; {found}")
+        raise ValueError(f"{describe_error(failure)}; {found}, found until then, are in {output_dir}")
     if stop.signal_name is not None:
         print(
-            f"predict.py: stopped by {stop.signal_name}: {len(done)} of {len(paths)} files are done; "
-            f"{num_found} objects in {len(images)} pictures are in {output_dir}",
+            f"predict.py: stopped by {stop.signal_name}: {len(files.paths) - len(not_reached)} of {len(files.paths)} "
+            f"files are done; {found} are in {output_dir}",
             file=sys.stderr,
         )
         return EXIT_SIGNAL + signal.Signals[stop.signal_name]
-    logger.info("%d objects in %d pictures, in %s", num_found, len(images), output_dir)
-    if not images:
-        raise ValueError("not one of the files could be read as a picture")
+    logger.info("%s, in %s", found, output_dir)
+    if not images and not of_videos.num_frames:
+        raise ValueError(f"not one of the files could be read as a {'picture or video' if videos else 'picture'}")
     if bad:
-        logger.warning("%d of %d files were skipped; images.json lists them with the reason", len(bad), len(paths))
+        logger.warning(
+            "%d of %d files were skipped; images.json lists them with the reason", len(bad), len(files.paths)
+        )
     return EXIT_SOME_SKIPPED if bad else 0
 
 

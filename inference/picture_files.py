@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inference.video import is_video_name
 from models.architectures import ModelSpec
 from models.resize import describe_vanishing, leaves_nothing
 from pixels.image_files import examples, is_picture_name, list_folder, result_folder
@@ -54,7 +55,7 @@ def search_images(paths: Sequence[str]) -> ImageFiles:
         for folder in (match for match in matches if match.is_dir()):
             content = list_folder(folder)
             files += sorted(folder / name for name in content.files if is_picture_name(name))
-            others |= {folder / name: "no picture by its name" for name in content.files if not is_picture_name(name)}
+            others |= {folder / name: _why_not(folder / name) for name in content.files if not is_picture_name(name)}
             others |= {folder / name: reason for name, reason in content.left_out}
         if not files:
             what = (
@@ -69,6 +70,11 @@ def search_images(paths: Sequence[str]) -> ImageFiles:
     return ImageFiles(
         list(found.values()), {path: why for path, why in left_out.items() if path.resolve() not in found}
     )
+
+
+def _why_not(path: Path) -> str:
+    """Say why a file in a folder is not taken."""
+    return "a video: name it to have it predicted" if is_video_name(path) else "no picture by its name"
 
 
 def _expand(pattern: str) -> tuple[list[Path], dict[Path, str]]:

@@ -35,7 +35,12 @@ class StopRequest:
         return self.signal_name is not None
 
     def install(self) -> None:
-        """Handle `STOP_SIGNALS` in this process; outside the main thread, which alone hears them, nothing happens."""
+        """Handle `STOP_SIGNALS` in this process, from the first call on.
+
+        Outside the main thread, which alone hears signals, nothing happens.
+        """
+        if self._before:
+            return
         note_signal(None)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
