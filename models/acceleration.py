@@ -126,12 +126,43 @@ def distribute(model: nn.Module, accumulate: int = 1) -> nn.Module:
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     syncs_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
     options: dict[str, Any] = {syncs_buffers: False}
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         **options,
         gradient_as_bucket_view=True,
         static_graph=accumulate == 1,  # DDP does not support it together with no_sync
     )
+    _settle_buckets(wrapped)
+    return wrapped
+
+
+class _SumOfParameters(nn.Module):
+    """Reaches every trainable parameter of a model, without its inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(self) -> Tensor:
+        """Return the sum of all."""
+        return torch.stack([p.sum() for p in self._trained]).sum()
+
+
+def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
+    """Let DDP send the gradients of the first step in the same pieces as those of all later steps.
+
+    It sends them in one piece at first, notes in which order they come (with a static graph, in its second pass), and
+    then cuts them into buckets. The place of a gradient in its piece decides in which order three or more processes add
+    it, so a run that is continued would add in another order than one that goes on, and end with other last digits.
+    Here two passes without meaning go first. Gradients come in the reverse order of registration, as they about do in
+    training.
+    """
+    model = wrapped.module
+    wrapped.module = _SumOfParameters(model)
+    for _ in range(2):
+        wrapped().backward()
+    wrapped.module = model
+    model.zero_grad()
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -270,3 +270,42 @@ def test_target_masks_are_cut_by_the_kernel_where_torchvision_takes_python_code(
     monkeypatch.setattr(roi_heads, "roi_align", roi_heads.roi_align)  # put back afterwards
     cut_masks_by_kernel()
     assert torch.equal(roi_heads.project_masks_on_boxes(*arguments), expected)
+
+
+class UsedInAnotherOrder(nn.Module):
+    """Its layers are used in another order than they are registered in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(300, 300) for _ in range(6))
+
+    def forward(self, values):
+        for n in (3, 0, 5, 1, 4, 2):
+            values = self.layers[n](values).relu()
+        return values.square().sum()
+
+
+def _continue_often(rank, world_size, accumulate):
+    """Return the weights after four updates: of one run, and of one that is wrapped anew before each."""
+    ends = []
+    for starts in ({0}, {0, 1, 2, 3}):
+        torch.manual_seed(0)
+        bare = UsedInAnotherOrder()
+        for update in range(4):
+            if update in starts:
+                wrapped = distribute(bare, accumulate)
+                optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+            torch.manual_seed(100 * update + rank)
+            wrapped(torch.rand(3, 300)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([p.detach().flatten() for p in bare.parameters()]))
+    return torch.equal(*ends), [p.grad for p in distribute(bare).parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_many_processes_are_added_in_the_same_order_after_a_new_start(accumulate):
+    """With two the order is no matter; DDP would send the gradients of its first step in another one than later."""
+    for is_equal, gradients in run_on_ranks(4, _continue_often, accumulate):
+        assert is_equal and gradients == [None] * 12
