@@ -1,10 +1,11 @@
 """One training step of each model, torchvision's own beside the batched one: what is issued, and what it costs.
 
-    python benchmarks/step.py [--models ...] [--batch-sizes 2 16] [--rounds 5] [--objects 7] [--measure counts time memory]
+    python benchmarks/step.py [--models ...] [--batch-sizes 2 16] [--rounds 5] [--objects 7] [--measure counts time beside memory]
 
 Operations and waits for the device are counted on a CPU, see `waits.py`; they do not depend on the pictures' size, so
 these are small. CPU time is that of forward, backward and update; the two ways alternate, and the ratio is the median
-of the rounds' own. Memory is the most that torch's allocator has lent out in a forward and backward, by its profiler, on
+of the rounds' own. "Beside" is the CPU time of one-stage models' forward and backward without backbone and head, the
+same code in both ways and nearly all of a step, whose noise hides the rest. Memory is the most that torch's allocator has lent out in a forward and backward, by its profiler, on
 top of weights and gradients.
 """
 
@@ -25,7 +26,7 @@ from optimization.optimizer import build_optimizer
 from optimization.step import StepOptions, add_gradients, update_parameters
 
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
-MEASURES = ("counts", "time", "memory")
+MEASURES = ("counts", "time", "beside", "memory")
 
 
 def build_both(name, side):
@@ -78,21 +79,56 @@ def count_rows(name, args):
 
 
 def time_row(name, args):
-    """Return the CPU seconds of both ways, rounds interleaved."""
+    """Return the CPU seconds of both ways."""
     models, kind = build_both(name, args.side)
     batch = draw_batch(images=args.batch_sizes[0], size=(args.side, args.side * 4 // 3), objects=args.objects, **kind)
     optimizers = {way: optimizer_of(model) for way, model in models.items()}
+    return timed_row(name, args, models, lambda way: step(models[way], optimizers[way], batch))
+
+
+def beside_row(name, args):
+    """Return the CPU seconds of both ways without backbone and head, which give what they gave once."""
+    models, kind = build_both(name, args.side)
+    batch = draw_batch(images=args.batch_sizes[0], size=(args.side, args.side * 4 // 3), objects=args.objects, **kind)
+    plain = models["torchvision"]
+    with torch.no_grad():
+        features = plain.backbone(plain.transform(batch[0])[0].tensors)
+        outputs = plain.head([features] if isinstance(features, torch.Tensor) else list(features.values()))
+    for model in models.values():
+        model.backbone = Given(features)
+        model.head.forward = Given({name: values.requires_grad_() for name, values in outputs.items()}).forward
+    return timed_row(
+        name,
+        args,
+        models,
+        lambda way: add_gradients(models[way], *batch, StepOptions(), weight=1.0, is_update=True),
+    )
+
+
+class Given(torch.nn.Module):
+    """Gives the same whatever it gets."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def forward(self, _):
+        return self.result
+
+
+def timed_row(name, args, models, run):
+    """Return the CPU seconds of ``run`` in both ways, rounds interleaved."""
     seconds = {way: [] for way in models}
     for turn in range(args.rounds + 1):
         for way in sorted(models, reverse=turn % 2):
             torch.manual_seed(turn)
             start = time.process_time()
-            step(models[way], optimizers[way], batch)
+            run(way)
             if turn:  # the first round warms up
                 seconds[way].append(time.process_time() - start)
     ratios = [ours / theirs for ours, theirs in zip(seconds["batched"], seconds["torchvision"])]
     row = {"model": name, "batch": args.batch_sizes[0], "objects": args.objects}
-    row |= {f"{way}, CPU ms": f"{statistics.median(seconds[way]) * 1e3:.0f}" for way in models}
+    row |= {f"{way}, CPU ms": f"{statistics.median(seconds[way]) * 1e3:.1f}" for way in models}
     row["ratio (smallest-largest)"] = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
     print(row, flush=True)
     return row
@@ -140,6 +176,8 @@ def main():
             found["counts"] += count_rows(name, args)
         if "time" in args.measure:
             found["time"].append(time_row(name, args))
+        if "beside" in args.measure and not ARCHITECTURES[name].has_proposals:
+            found["beside"].append(beside_row(name, args))
         if "memory" in args.measure:
             found["memory"].append(memory_row(name, args))
     print(f"\n{machine()}\n")
