@@ -240,6 +240,12 @@ def test_mask_targets_are_torchvisions_of_resized_masks(most_pixels, monkeypatch
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
 
 
+def test_pictures_are_grouped_within_the_bound_of_memory_and_never_cut(monkeypatch):
+    monkeypatch.setattr(roi_targets, "MOST_MASK_PIXELS", 10)
+    groups = [list(range(6))[group] for group in roi_targets._group_pictures([4, 6, 25, 0, 3, 8])]
+    assert groups == [[0, 1], [2], [3, 4], [5]]
+
+
 def test_pictures_without_objects_have_no_mask_targets():
     masks = [torch.zeros((0, 40, 50), dtype=torch.uint8)] * 2
     places = torch.zeros((2, 3), dtype=torch.int64)
