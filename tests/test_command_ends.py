@@ -178,6 +178,22 @@ def test_pictures_that_do_not_fit_cost_no_results(given, capsys, tmp_path):
         assert key == "picture" or len(named) == len(there)
 
 
+def test_a_page_that_does_not_fit_costs_no_results(given, capsys, tmp_path):
+    module, flags = given["predict"]
+    with no_file_above(20_000):  # less than the page's script and style, more than any other file
+        assert module.run([*flags, "--score-threshold", "0.64"]) == 1
+    found = tmp_path / "out" / "found"
+    assert f"{found / 'index.html'}: File too large; " in capsys.readouterr().err
+    content = json.loads((found / "images.json").read_text())
+    assert [set(entry) >= {"overlay", "picture"} for entry in content["images"]] == [True] * 3
+    assert json.loads((found / "predictions.json").read_text())
+    assert [name for name in files_in(found) if "/" not in name] == [
+        "images.json",
+        "predictions.csv",
+        "predictions.json",
+    ]
+
+
 def test_a_second_command_of_the_process_hears_signals_as_the_first_did(capfd):
     for _ in range(2):
         assert run_command("tool.py", lambda args: signal.raise_signal(signal.SIGTERM), None) == 143
