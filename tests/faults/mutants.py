@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,24 +163,31 @@ def copy_tracked(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
+def _in_child(tree: Path, file: str, marks: str, log: Path) -> int:
+    """Run tests in this process, which has just been forked; returns 0 where all pass."""
+    os.setsid()
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(tree)
+    sys.path[:] = [str(tree), str(tree / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    import pytest
+
+    options = ["-x", "-n", "0", "-m", marks, "-p", "no:cacheprovider", "--basetemp", str(log.with_suffix(""))]
+    options += ["-o", "addopts=--import-mode=importlib", *(f"tests/{test}" for test in TESTS[file])]
+    return 0 if pytest.main(options) in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else 1
+
+
 def run_tests(tree: Path, file: str, marks: str, limit: float | None, log: Path) -> tuple[bool, float]:
     """Run a file's tests with these marks, in a child; returns whether all pass in time, and the seconds it took."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.chdir(tree)
-        sys.path[:] = [str(tree), str(tree / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-        import pytest
-
-        options = ["-x", "-n", "0", "-m", marks, "-p", "no:cacheprovider", "--basetemp", str(log.with_suffix(""))]
-        code = pytest.main(
-            [*options, "-o", "addopts=--import-mode=importlib", *(f"tests/{test}" for test in TESTS[file])]
-        )
-        os._exit(0 if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else 1)
+        try:
+            os._exit(_in_child(tree, file, marks, log))
+        except BaseException:  # what ends the child must not run the parent's clean-up in it
+            traceback.print_exc()
+            os._exit(1)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         seconds = time.monotonic() - started
