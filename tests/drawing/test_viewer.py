@@ -299,7 +299,7 @@ def test_a_thousand_pictures_are_shown_at_once_and_loaded_one_by_one(browser, tm
     show(browser, page)
     assert find(browser, "total").text == "20000 objects in 1000 of 1000 pictures"
     loaded = "return [...document.images].filter((image) => image.naturalWidth).length"
-    assert 5 < browser.execute_script(loaded) < 120
+    assert 5 < browser.execute_script(loaded) < 80
     with_marks = "return [...document.querySelectorAll('.v-card svg')].filter((svg) => svg.children.length).length"
     assert 5 < browser.execute_script(with_marks) < 60
     slide(browser, 0.5)
@@ -348,4 +348,4 @@ def test_all_controls_have_names_for_those_who_do_not_see_them(browser, ring):
         show(browser, ring[0], at=at)
         for control in browser.find_elements("css selector", "button, input, summary"):
             if control.is_displayed():
-                assert control.accessible_name.strip(), control.get_attribute("outerHTML")
+                assert re.search("[a-z]{2}", control.accessible_name), control.get_attribute("outerHTML")
