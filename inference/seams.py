@@ -11,9 +11,8 @@ best in the common part is taken, so that an object in front of another of its c
 tile are never joined: the model has told them apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from pixels.masks import MaskBlock
 # Overlaps from here on are one object; models suppress boxes of the same class from an IoU of 0.45 to 0.6 on.
 SAME = 0.5
 # How near to a border a box is cut by it: boxes are off by some share of their size.
-REACH_SHARE = 0.1
+REACH_SHARE = 0.05
 REACH_PIXELS = 2.0
 # A detection with less than this share of another's score is not used to complete it, only taken for the same.
 SCORE_SHARE = 0.25
@@ -110,10 +109,7 @@ def _find_links(pieces: Pieces, cut: np.ndarray, tiles: np.ndarray, windows: np.
     """Return for each detection those of other tiles that may be of the same object."""
     links: list[list[_Link]] = [[] for _ in tiles]
     bounds = np.searchsorted(tiles, np.arange(len(windows) + 1))
-    for a, b in combinations(range(len(windows)), 2):
-        common = np.r_[np.maximum(windows[a, :2], windows[b, :2]), np.minimum(windows[a, 2:], windows[b, 2:])]
-        if (common[:2] >= common[2:]).any():
-            continue
+    for a, b, common in _neighbours(windows):
         first, second = _touching(pieces, *(np.arange(*bounds[n : n + 2]) for n in (a, b)))
         # Only a side beyond which the other tile sees more cuts towards it.
         cut_first = (cut[first] & _is_passed(windows[a], windows[b])).any(axis=1)
@@ -132,6 +128,14 @@ def _find_links(pieces: Pieces, cut: np.ndarray, tiles: np.ndarray, windows: np.
             links[i].append(_Link(j, float(agreement[n]), bool(first_inside[n])))
             links[j].append(_Link(i, float(agreement[n]), bool(second_inside[n])))
     return links
+
+
+def _neighbours(windows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield each pair of tiles that have pixels in common, and these as x1, y1, x2, y2."""
+    for a, window in enumerate(windows):
+        common = _clip(windows[a + 1 :], window)
+        for n in np.flatnonzero((common[:, :2] < common[:, 2:]).all(axis=1)).tolist():
+            yield a, a + 1 + n, common[n]
 
 
 def _is_passed(window: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -149,7 +149,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self._av = load_av()
-        self._container: Any = self._av.open(str(path), "w", format="mp4")
+        with self._plain_errors():
+            self._container: Any = self._av.open(str(path), "w", format="mp4")
         self._rate = rate.limit_denominator(1001)
         self._stream: Any = None
         self._last = -1
@@ -158,11 +159,12 @@ class VideoWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            if self._stream is not None:
-                self._container.mux(self._stream.encode(None))
-        finally:
-            self._container.close()
+        with self._plain_errors():
+            try:
+                if self._stream is not None:
+                    self._container.mux(self._stream.encode(None))
+            finally:
+                self._container.close()
 
     def add(self, pixels: np.ndarray, seconds: float) -> None:
         """Add a frame, uint8 [H, W, 3], that is shown at ``seconds`` from the beginning.
@@ -172,16 +174,27 @@ class VideoWriter:
         """
         height, width = pixels.shape[:2]
         padded = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._stream is None:
-            self._stream = self._start(*padded.shape[:2])
-        frame = self._av.VideoFrame.from_ndarray(padded, format="rgb24")
-        self._last = max(round(seconds * CLOCK), self._last + 1)
-        frame.pts, frame.time_base = self._last, Fraction(1, CLOCK)
-        self._container.mux(self._stream.encode(frame))
+        with self._plain_errors():
+            if self._stream is None:
+                self._stream = self._start(*padded.shape[:2])
+            frame = self._av.VideoFrame.from_ndarray(padded, format="rgb24")
+            self._last = max(round(seconds * CLOCK), self._last + 1)
+            frame.pts, frame.time_base = self._last, Fraction(1, CLOCK)
+            self._container.mux(self._stream.encode(frame))
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Turn PyAV's errors, whose file names nobody can set, into the system's own."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            raise OSError(error.errno, error.strerror) from None
 
     def _start(self, height: int, width: int) -> Any:
         stream = self._container.add_stream("h264", rate=self._rate, options={"crf": QUALITY, "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, CLOCK)
         stream.codec_context.thread_count = 2
+        # Not left to the first packet: after a header that cannot be written, more packets and the end crash.
+        self._container.start_encoding()
         return stream

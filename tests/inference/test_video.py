@@ -3,15 +3,21 @@
 import csv
 import json
 import os
+import re
+import resource
+import shlex
+import shutil
 import struct
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import predict
+from helpers.drawn import ROOT
 from helpers.shaken import shaken_checkpoint
 from inference import video
 from inference.detector import Detector
@@ -257,3 +263,47 @@ def test_no_more_than_three_batches_are_decoded_ahead(tmp_path, checkpoint, monk
 def test_large_frames_come_in_smaller_batches():
     frames = [Frame(n, n / 25, np.zeros((4000, 3000, 3), np.uint8)) for n in range(5)]
     assert [len(batch) for batch in _batches(iter(frames), 4)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("title", ["Videos", "Large pictures"])
+def test_the_commands_in_the_docs_run(title, tmp_path, checkpoint, monkeypatch):
+    page = (ROOT / "docs" / "predict_export.md").read_text()
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^ {4}python predict\.py .*$", section, flags=re.M)]
+    weights = tmp_path / "runs" / "first" / "weights"
+    weights.mkdir(parents=True)
+    shutil.copy(checkpoint, weights / "best.pth")
+    for folder in ("photos", "aerial"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.tile(drawn_frames(1)[0], (8, 6, 1))).save(tmp_path / folder / "a.png")
+    (tmp_path / "clips").mkdir()
+    shutil.copy(write_clip(tmp_path / "clip.mp4", UNEVEN[:3]), tmp_path / "clips" / "a.mov")
+    monkeypatch.chdir(tmp_path)
+    assert commands
+    for n, words in enumerate(commands):
+        assert run(*words, "--output-dir", f"out{n}") == 0
+        assert read(tmp_path / f"out{n}")[1]
+
+
+def test_a_disk_that_is_full_from_the_start_is_an_error_and_no_crash():
+    with pytest.raises(OSError, match="No space left"), VideoWriter(Path("/dev/full"), Fraction(25)) as writer:
+        for pixels in drawn_frames(30):
+            writer.add(pixels, 0)
+
+
+def test_a_full_disk_ends_a_video_with_one_line(tmp_path, checkpoint, capsys):
+    clip = tmp_path / "a.mp4"
+    with VideoWriter(clip, Fraction(25)) as writer:
+        for n in range(12):  # noise takes much room
+            writer.add(np.random.default_rng(n).integers(0, 256, (120, 160, 3)).astype(np.uint8), n / 25)
+    assert clip.stat().st_size > 120_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        code = run("--checkpoint", checkpoint, clip, "--score-threshold", "0.9", "--output-dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("predict.py")]
+    assert code == 1 and "File too large" in line and "found until then, are in" in line
+    assert json.loads((tmp_path / "out" / "images.json").read_text())["frames"]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tmp", ".mp4")]
