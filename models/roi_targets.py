@@ -47,46 +47,52 @@ def mask_targets(
         float32 [P, size, size], in 0..1, the positives of one picture after the other.
     """
     canvas = max(height for height, _ in image_sizes), max(width for _, width in image_sizes)
-    targets = []
-    for group in _group_pictures([len(mask) * max(mask[0:1].numel(), math.prod(canvas)) for mask in masks]):
-        canvases, firsts = _lay_out(masks[group], image_sizes[group], canvas, boxes.dtype, boxes.device)
-        rois = torch.cat([(places[group] + firsts[:, None])[..., None].to(boxes.dtype), boxes[group]], dim=-1)
-        positives = torch.cat([of_picture[:count] for of_picture, count in zip(rois, counts[group])])
+    groups = _group_pictures([len(mask) * max(mask[0:1].numel(), math.prod(canvas)) for mask in masks])
+    rows, columns, firsts = _pixels_to_pick(masks, image_sizes, canvas, groups, boxes.device)
+    rois = torch.cat([(places + firsts[:, None])[..., None].to(boxes.dtype), boxes], dim=-1)
+    targets, done = [], 0
+    for group in groups:
+        of_group = slice(done, done + sum(map(len, masks[group])))
+        flat = [mask.reshape(-1) for mask in masks[group]]
+        picked = (rows[of_group, :, None] + columns[of_group, None]).view(-1)
+        values = (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, picked)
+        del picked  # four bytes a pixel, as many as the next line needs
+        canvases = values.view(-1, 1, *canvas).to(boxes.dtype)
+        positives = torch.cat([of_picture[:count] for of_picture, count in zip(rois[group], counts[group])])
         # The kernel itself, as `models.acceleration.cut_masks_by_kernel` has it: no gradient is needed.
         targets.append(torch.ops.torchvision.roi_align(canvases, positives, 1.0, size, size, -1, False))
+        done = of_group.stop
     return torch.cat(targets)[:, 0]
 
 
-def _lay_out(
+def _pixels_to_pick(
     masks: Sequence[Tensor],
     image_sizes: Sequence[tuple[int, int]],
     canvas: tuple[int, int],
-    dtype: torch.dtype,
+    groups: Sequence[slice],
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return the masks of some pictures, resized, [N, 1, *canvas], and how many come before each picture's, int [B].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what canvases of masks are picked from; worked out on the host, which knows all of it, and sent at once.
 
-    No tensor of whole masks is larger than the result: places of pixels take four bytes each, and are gone before it
-    is made.
+    Returns:
+        rows: int [N, canvas height], N masks of all pictures: where the pixels of each row begin in its group's masks.
+        columns: int [N, canvas width], which of them each column is.
+        firsts: int [B], how many masks come before those of each picture in its group.
     """
     numbers, pixels = [len(mask) for mask in masks], [mask.shape[-2] * mask.shape[-1] for mask in masks]
-    # Of each picture, what its rows and columns are picked from; of each mask, its picture, and pixels before it.
     sources = [
-        [_nearest(mask.shape[-2], height, canvas[0]) * mask.shape[-1], _nearest(mask.shape[-1], width, canvas[1])]
+        (_nearest(mask.shape[-2], height, canvas[0]) * mask.shape[-1], _nearest(mask.shape[-1], width, canvas[1]))
         for mask, (height, width) in zip(masks, image_sizes)
     ]
-    starts = _before(np.repeat(pixels, numbers))
-    parts = [*itertools.chain(*sources), np.repeat(np.arange(len(masks)), numbers), starts, _before(numbers)]
-    known = np.concatenate(parts).astype(np.int32 if sum(map(math.prod, zip(numbers, pixels))) < 2**31 else np.int64)
-    counts = len(masks) * sum(canvas), sum(numbers), sum(numbers), len(masks)
-    table, pictures, before, firsts = to_device(torch.from_numpy(known), device).split(counts)
-
-    rows, columns = table.view(len(masks), -1).index_select(0, pictures).split(canvas, dim=1)
-    picked = (rows + before[:, None])[..., None] + columns[:, None]
-    flat = [mask.reshape(-1) for mask in masks]
-    values = (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, picked.view(-1))
-    del picked
-    return values.view(-1, 1, *canvas).to(dtype), firsts
+    pictures = np.repeat(np.arange(len(masks)), numbers)
+    starts = [_before(np.repeat(pixels[group], numbers[group])) for group in groups]  # of each mask
+    firsts = [_before(numbers[group]) for group in groups]
+    is_small = max(sum(map(math.prod, zip(numbers[group], pixels[group]))) for group in groups) < 2**31
+    known = np.concatenate([*itertools.chain(*sources), pictures, *starts, *firsts])
+    on_device = to_device(torch.from_numpy(known.astype(np.int32 if is_small else np.int64)), device)
+    table, of_masks, before, first = on_device.split([len(masks) * sum(canvas), *[len(pictures)] * 2, len(masks)])
+    rows, columns = table.view(len(masks), -1).index_select(0, of_masks).split(canvas, dim=1)
+    return rows + before[:, None], columns, first
 
 
 def _group_pictures(pixels: Sequence[int]) -> list[slice]:
