@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from inference.seams import _unite
 from inference.tiles import Tiling, outputs_in_tiles
 from pixels.masks import MaskBlock, block_from_mask, paste_blocks
 
@@ -178,8 +179,8 @@ def seen_by(*found, label=1):
 
 
 def test_a_whole_object_wins_over_a_piece_of_it_that_the_model_is_surer_of():
-    whole, piece = (1, [82.0, 10, 120, 40], 0.5), (0, [82.0, 10, 100, 40], 0.9)
-    assert seen_by(whole, piece) == [((82, 10, 120, 40), 0.9)]
+    whole, piece = (1, [86.0, 10, 120, 40], 0.5), (0, [85.0, 8, 100, 42], 0.9)
+    assert seen_by(whole, piece) == [((86, 10, 120, 40), 0.9)]
 
 
 def test_a_piece_that_is_seen_badly_goes_with_the_whole_object():
@@ -200,6 +201,29 @@ def test_neighbours_in_one_tile_stay_two_however_much_they_overlap():
 def test_a_child_that_one_tile_misses_is_not_taken_for_its_mother():
     mother, child = [82.0, 10, 98, 90], [84.0, 60, 96, 90]
     assert len(seen_by((0, mother, 0.9), (1, mother, 0.8), (1, child, 0.7))) == 2
+
+
+def test_a_mother_that_one_tile_is_not_sure_of_is_not_lost_to_her_child():
+    """The child, which only the first tile shows, looks like the mother; she looks more like herself."""
+    mother, child = [84.0, 10, 96, 90], [84.0, 40, 96, 90]
+    found = seen_by((0, child, 0.9), (0, mother, 0.6), (1, mother, 0.8))
+    assert found == [((84, 40, 96, 90), 0.9), ((84, 10, 96, 90), 0.8)]
+
+
+def test_a_second_piece_of_an_object_is_dropped_too():
+    whole, piece, another = (1, [87.0, 10, 127, 50], 0.9), (0, [87.0, 10, 100, 50], 0.8), (0, [88.0, 30, 100, 60], 0.3)
+    assert seen_by(whole, piece, another) == [((87, 10, 127, 50), 0.9)]
+
+
+def test_the_border_of_the_picture_cuts_nothing():
+    """Both are whole, so that the better one is taken and not both put together."""
+    assert seen_by((0, [84.0, 0, 96, 30], 0.9), (1, [85.0, 0, 97, 31], 0.8)) == [((84, 0, 96, 30), 0.9)]
+
+
+def test_masks_that_overlap_are_united():
+    pixels = [np.array(rows, dtype=np.uint8) for rows in ([[1, 0], [1, 1]], [[0, 1, 1]])]
+    left, top, united = _unite([MaskBlock(4, 5, pixels[0]), MaskBlock(4, 5, pixels[1])])
+    assert (left, top, united.tolist()) == (4, 5, [[1, 1, 1], [1, 1, 0]])
 
 
 def test_another_class_on_the_same_place_stays():
