@@ -249,7 +249,7 @@ def check_file(model: OnePicture, exported: Runner, cases: list[Case]) -> Agreem
             refused.append(str(error))
     if refused:
         where = f"the exported model differs on {len(refused)} of {len(cases)} pictures"
-        raise ValueError(f"{where}: {refused[0]}. All pictures: {agreement} (allowed {TOLERANCES})")
+        raise ValueError(f"{where}: {refused[0]}. All pictures: {agreement.against_limits()}")
     if not agreement.detections:
         raise ValueError("no detection of the exported model has a partner in PyTorch, so nothing was compared")
     return agreement
@@ -258,9 +258,17 @@ def check_file(model: OnePicture, exported: Runner, cases: list[Case]) -> Agreem
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep back what torch says about its exporters to developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    libraries = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [library.level for library in libraries]
+    for library in libraries:
+        library.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in zip(libraries, levels):
+            library.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -310,7 +318,7 @@ class Export:
     def _followed(self) -> tuple[torch.export.ExportedProgram, dict[str, Any], list[Case]]:
         """Return the model as a graph, what its users need to know, and what it can be compared on."""
         cases = self.cases if self.size is None else self.cases[:-1]
-        program = follow(self.trained.model, self.names[:-1], cases[-1].images, self.size is not None)
+        program = follow(self.trained.model, cases[-1].images, self.size is not None)
         batch, height, width = ("batch", "height", "width") if self.size is None else (1, *self.size)
         shape = f"images: [{batch}, 3, {height}, {width}]" + ("" if self.size else ", pictures of one size, any")
         return program, build_metadata(self.trained, shape, f"{batch}, slots"), cases

@@ -54,6 +54,18 @@ class Agreement:
         text += f", {self.near_ties} others chosen where scores are equal" if self.near_ties else ""
         return text + (f", {self.left_over} at the end of a list without partner" if self.left_over else "")
 
+    def against_limits(self) -> str:
+        """Name the largest differences beside what is allowed."""
+        figures = [(self.box, BOX_TOLERANCE, "of boxes", "px"), (self.score, SCORE_TOLERANCE, "of scores", "")]
+        figures.append((self.keypoint, BOX_TOLERANCE, "of keypoints", "px"))
+        figures.append((100 * self.mask, 100 * MASK_TOLERANCE, "of masks", "% of their pixels"))
+        texts = [
+            f"{what} {value:.2g}{' ' if unit else ''}{unit} (at most {limit:g})"
+            for value, limit, what, unit in figures
+            if value
+        ]
+        return f"largest difference {', '.join(texts)}" if texts else "no two of them were partners"
+
     def note_pair(self, box: float, score: float) -> None:
         """Take the differences of a pair."""
         self.box, self.score = max(self.box, box), max(self.score, score)

@@ -1,5 +1,6 @@
 """The files that a detector is exported to: how each is written, and how it is run again to be compared."""
 
+import contextlib
 import copy
 import importlib
 import io
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from inference.compare_outputs import Outputs
-from models.export_form import SMALLEST_SIDE, export_form, resized_shape
+from models.export_form import SMALLEST_SIDE, resized_shape
+from models.rcnn_export_form import export_form
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".torchscript"}
 OPSET, OLD_OPSET = 18, 17  # the oldest that each exporter writes without a conversion
@@ -108,24 +110,22 @@ def need_onnx() -> Any:
     return need("--format onnx", "onnx", "onnxscript", "onnxruntime")
 
 
-def follow(model: nn.Module, names: Sequence[str], example: Tensor, is_fixed: bool) -> torch.export.ExportedProgram:
+def follow(model: nn.Module, example: Tensor, is_fixed: bool) -> torch.export.ExportedProgram:
     """Return a detector as a graph of tensors, its sizes variable unless ``is_fixed``.
 
     Args:
         model: One of torchvision's detectors, in evaluation mode.
-        names: Its outputs, without ``counts``.
         example: float32 [B, 3, H, W]; two pictures where the batch is to stay variable.
         is_fixed: Whether only batches of the example's shape are to be taken.
     """
-    form, example = export_form(model), example.contiguous()  # a slice's strides would be conditions
-    sides: dict[int, Any] = {2: torch.export.Dim("height", min=SMALLEST_SIDE)}
-    sides[3] = torch.export.Dim("width", min=SMALLEST_SIDE)
-    if form is None:  # the exporter's error says what stands in the way
-        form, example = BatchOfOne(OnePicture(model), (*names, "counts")).eval(), example[:1]
-    else:
-        sides[0] = torch.export.Dim("batch")
-    with torch.no_grad():
-        return torch.export.export(form, (example,), dynamic_shapes=None if is_fixed else (sides,))
+    form, example = export_form(model), example.contiguous()  # the strides of a slice would become conditions
+    sides = {0: torch.export.Dim("batch")}
+    sides |= {axis: torch.export.Dim(name, min=SMALLEST_SIDE) for axis, name in ((2, "height"), (3, "width"))}
+    # Where it fails, torch prints all that it followed so far, a thousand lines.
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        program = torch.export.export(form, (example,), dynamic_shapes=None if is_fixed else (sides,))
+    program.example_inputs = None  # its file would have the pictures in it
+    return program
 
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
@@ -183,11 +183,12 @@ def _save_onnx(onnx: Any, model: Any, path: Path, metadata: dict[str, Any]) -> N
     path.write_bytes(model.SerializeToString())
 
 
-def run_onnx(path: Path, names: Sequence[str]) -> Runner:
-    """Open an ONNX file with onnxruntime and return a function from batch to outputs."""
+def run_onnx(path: Path, names: Sequence[str], num_threads: int = 0) -> Runner:
+    """Open an ONNX file with onnxruntime and return a function from batch to outputs; 0 threads: one per core."""
     runtime = need_onnx()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[Outputs]:
@@ -228,4 +229,6 @@ def why_not(error: BaseException) -> str:
     for text in texts:
         if operation := re.search(r"target=torch\.ops\.([\w.]+)", text):
             return f"the exporter has no form of {operation[1]}"
+        if place := re.search(r"Caused by: \((\S+) in (\w+)\)", text):
+            return f"{place[2]} ({place[1]}) goes by values that only a run has: {text.splitlines()[0]}"
     return texts[-1].splitlines()[0]

@@ -25,15 +25,6 @@ OUTPUTS = ("boxes", "labels", "scores", "masks", "keypoints", "counts")
 SMALLEST_SIDE = 16
 
 
-def export_form(model: nn.Module) -> nn.Module | None:
-    """Return what to export instead of ``model``; None where there is no such form of it."""
-    if isinstance(model, SSD):
-        return OneSizeForm(model).eval()
-    if isinstance(model, (RetinaNet, FCOS)):
-        return PyramidForm(model).eval()
-    return None
-
-
 class ToBatch(nn.Module):
     """Pictures of one size, normalised, resized and padded as torchvision does."""
 
@@ -143,6 +134,37 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def best_rows(rank: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the ``most`` best of ``rank`` [B, N], falling, and their rows; where there are fewer, -inf and row 0."""
+    rank, rows = nnf.pad(rank, (0, most), value=-math.inf).topk(most, dim=1)
+    return rank, torch.where(rank > -math.inf, rows, 0)
+
+
+def anchors_at(rows: Tensor, cells: Tensor, features: list[Tensor], batch: Tensor) -> Tensor:
+    """Return the anchors that torchvision's `AnchorGenerator` has at some rows.
+
+    Args:
+        rows: int64 [B, L, k], in each level's order.
+        cells: Anchors around 0, float32 [L, A, 4].
+        features: The maps of all levels, [B, C, H, W] each.
+        batch: What they were made of.
+
+    Returns:
+        float32 [B, L, k, 4], xyxy in pixels of the batch.
+    """
+    shapes = [map_.shape[-2:] for map_ in features]
+    widths = stack_numbers([width for _, width in shapes], torch.int64)[:, None]
+    x_steps = stack_numbers([batch.shape[-1] // width for _, width in shapes], torch.int64)[:, None]
+    y_steps = stack_numbers([batch.shape[-2] // height for height, _ in shapes], torch.int64)[:, None]
+    num_cells = cells.shape[1]
+    at = torch.div(rows, num_cells, rounding_mode="floor")
+    y = torch.div(at, widths, rounding_mode="floor")
+    x = (at - y * widths) * x_steps
+    y = y * y_steps
+    levels = torch.arange(len(features))[:, None] * num_cells
+    return torch.stack([x, y, x, y], dim=-1) + cells.reshape(-1, 4)[rows - at * num_cells + levels]
+
+
 class DetectorForm(nn.Module):
     """What the forms of all detectors share: the way into the batch, and from candidates to slots."""
 
@@ -153,11 +175,23 @@ class DetectorForm(nn.Module):
 
     def _fill_slots(self, boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, back: Tensor) -> Any:
         """Return boxes in pixels of the pictures [B, S, 4], labels [B, S], scores [B, S] and counts [B]."""
-        limits = self.model.nms_thresh, self.model.detections_per_img
-        scores, chosen = keep_best(boxes, scores, labels, num_classes, *limits)
-        found = scores > 0
-        boxes = take_rows(boxes, chosen) * back * found[..., None]
-        return boxes, labels.gather(1, chosen) * found, scores, found.sum(dim=1)
+        boxes, labels, scores = fill_slots(self.model, boxes, scores, labels, num_classes)
+        return boxes * back, labels, scores, (scores > 0).sum(dim=1)
+
+
+def fill_slots(limits: Any, boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int) -> Any:
+    """Return what is left of candidates as `keep_best` takes them, [B, S, 4], [B, S] and [B, S], 0 in empty slots.
+
+    Args:
+        limits: Has ``nms_thresh`` and ``detections_per_img``.
+        boxes: float32 [B, K, 4], xyxy.
+        scores: float32 [B, K].
+        labels: int64 [B, K].
+        num_classes: Background included.
+    """
+    scores, chosen = keep_best(boxes, scores, labels, num_classes, limits.nms_thresh, limits.detections_per_img)
+    found = scores > 0
+    return take_rows(boxes, chosen) * found[..., None], labels.gather(1, chosen) * found, scores
 
 
 class PyramidForm(DetectorForm):
@@ -185,7 +219,7 @@ class PyramidForm(DetectorForm):
         which = torch.div(places, num_classes, rounding_mode="floor")
         labels = places - which * num_classes
         codes = codes.gather(2, which[..., None].expand(-1, -1, -1, 4)).reshape(-1, 4)
-        anchors = self._anchors_at(rows.gather(2, which), features, batch).reshape(-1, 4)
+        anchors = anchors_at(rows.gather(2, which), self.cells, features, batch).reshape(-1, 4)
         coder = model.box_coder
         boxes = coder.decode(codes, anchors) if isinstance(model, FCOS) else coder.decode_single(codes, anchors)
         boxes = torch.minimum(boxes.clamp(min=0), sides).reshape(*labels.shape, 4).flatten(1, 2)
@@ -201,28 +235,11 @@ class PyramidForm(DetectorForm):
         rank = logits.max(dim=2).values
         if "bbox_ctrness" in outputs:
             rank = rank.sigmoid() * outputs["bbox_ctrness"].sigmoid()[..., 0]
-        rank, rows = nnf.pad(rank, (0, most), value=-math.inf).topk(most, dim=1)
-        is_real = rank > -math.inf
-        rows = torch.where(is_real, rows, 0)
+        rank, rows = best_rows(rank, most)
         scores = take_rows(logits, rows).sigmoid()
         if "bbox_ctrness" in outputs:
             scores = torch.sqrt(scores * take_rows(outputs["bbox_ctrness"], rows).sigmoid())
-        return rows, scores * is_real[..., None], take_rows(outputs["bbox_regression"], rows)
-
-    def _anchors_at(self, rows: Tensor, features: list[Tensor], batch: Tensor) -> Tensor:
-        """Return the anchors of ``rows``, int64 [B, L, k] in each level's order, as xyxy in the batch [B, L, k, 4]."""
-        shapes = [map_.shape[-2:] for map_ in features]
-        widths = stack_numbers([width for _, width in shapes], torch.int64)[:, None]
-        x_steps = stack_numbers([batch.shape[-1] // width for _, width in shapes], torch.int64)[:, None]
-        y_steps = stack_numbers([batch.shape[-2] // height for height, _ in shapes], torch.int64)[:, None]
-        num_cells = self.cells.shape[1]
-        at = torch.div(rows, num_cells, rounding_mode="floor")
-        y = torch.div(at, widths, rounding_mode="floor")
-        x = at - y * widths
-        levels = torch.arange(len(features))[:, None] * num_cells
-        cells = self.cells.reshape(-1, 4)[rows - at * num_cells + levels]
-        x, y = x * x_steps, y * y_steps
-        return torch.stack([x, y, x, y], dim=-1) + cells
+        return rows, scores * (rank > -math.inf)[..., None], take_rows(outputs["bbox_regression"], rows)
 
 
 class OneSizeForm(DetectorForm):

@@ -32,7 +32,10 @@ def _pyramid(width):
 
 
 def build_thin_model(spec):
-    """Build an R-CNN from its record as `build_model` does, with strides of 4 to 32 and 16 channels everywhere."""
+    """Build an R-CNN or SSD from its record as `build_model` does, strides of 4 to 32 and 16 channels everywhere."""
+    if spec.architecture.fixed_size is not None:
+        options = {} if spec.detections_per_img is None else {"detections_per_img": spec.detections_per_img}
+        return build_thin_one_stage("ssd", spec.num_classes, topk_candidates=40, **options)
     backbone = _pyramid(WIDTH)
     options = {
         "min_size": spec.min_size or spec.architecture.min_size,
