@@ -2,7 +2,7 @@
 
 ``FAULT_TRACE`` names a folder: every process appends events to a file of its own there. ``FAULT_NAN`` is "rank step": so
 many steps after its start this process's loss becomes NaN, once. ``FAULT_PLAIN_GROUP`` makes the process group in the
-usual way, for comparison.
+usual way, for comparison. ``FAULT_PATIENCE``: seconds that processes wait for each other.
 """
 
 import datetime
@@ -81,8 +81,9 @@ if __name__ == "__main__":
     train.train_one_epoch = traced(train.train_one_epoch)
     evaluate_model.evaluate = noted("evaluation", evaluate_model.evaluate)
     train.load_data = noted("data", train.load_data)
-    utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=20), 8
-    machine.HANG_SECONDS = 30
+    patience = float(os.environ.get("FAULT_PATIENCE", "20"))
+    utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=patience), 8
+    machine.HANG_SECONDS = 1.5 * patience
     if "FAULT_PLAIN_GROUP" in os.environ:
         start_up.init_distributed = plain_group
     train.run_and_leave()
