@@ -320,7 +320,9 @@ class Export:
         cases = self.cases if self.size is None else self.cases[:-1]
         program = follow(self.trained.model, cases[-1].images, self.size is not None)
         batch, height, width = ("batch", "height", "width") if self.size is None else (1, *self.size)
-        shape = f"images: [{batch}, 3, {height}, {width}]" + ("" if self.size else ", pictures of one size, any")
+        shape = f"images: [{batch}, 3, {height}, {width}]" + (
+            "" if self.size else f", pictures of one size, from {SMALLEST_SIDE}"
+        )
         return program, build_metadata(self.trained, shape, f"{batch}, slots"), cases
 
 

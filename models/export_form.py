@@ -21,7 +21,7 @@ from torchvision.ops import nms
 # of a picture's slots are filled, from the first on.
 OUTPUTS = ("boxes", "labels", "scores", "masks", "keypoints", "counts")
 
-# A picture smaller than this is resized to nothing by no model, whatever its other side is up to 40 times that.
+# Pixels. A graph is made for pictures whose sides are this or longer.
 SMALLEST_SIDE = 16
 
 

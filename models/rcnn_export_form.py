@@ -127,8 +127,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: Any, width: Any) -> Tensor
     Args:
         masks: float32 [N, M, M] in 0..1, each inside its box.
         boxes: float32 [N, 4], xyxy in pixels of the picture.
-        height: Of the picture.
-        width: Of the picture.
+        height: The picture's, in pixels.
+        width: The picture's, in pixels.
 
     Returns:
         float32 [N, height, width].
