@@ -321,7 +321,7 @@ class Export:
         program = follow(self.trained.model, cases[-1].images, self.size is not None)
         batch, height, width = ("batch", "height", "width") if self.size is None else (1, *self.size)
         shape = f"images: [{batch}, 3, {height}, {width}]" + (
-            "" if self.size else f", pictures of one size, from {SMALLEST_SIDE}"
+            "" if self.size else f", sides of {SMALLEST_SIDE} or more"
         )
         return program, build_metadata(self.trained, shape, f"{batch}, slots"), cases
 
