@@ -235,6 +235,6 @@ def test_an_export_documents_the_rule_and_is_checked_by_it(tmp_path):
     save_checkpoint(content, checkpoint)
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
     detector = load_trained_model(checkpoint)
-    assert export.build_metadata(detector)["value_range"]["whole"] == [0, 4095]
+    assert export.build_metadata(detector, "image", "detections")["value_range"]["whole"] == [0, 4095]
     pictures = export.load_pictures([str(tmp_path / "deep.png")], detector)
     assert float(pictures[0][1].min()) == 0 and float(pictures[0][1].max()) == 1
