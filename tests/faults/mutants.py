@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 
 # The files that decide numbers, and the quick tests that must know when one of them is wrong.
 TESTS = {
-    "evaluation/coco_matching.py": ("test_coco_eval.py",),
-    "evaluation/coco_metrics.py": ("test_coco_eval.py",),
-    "evaluation/similarity.py": ("test_coco_eval.py",),
+    "evaluation/coco_matching.py": ("evaluation/test_similarity.py", "test_coco_eval.py"),
+    "evaluation/coco_metrics.py": ("test_coco_eval.py", "evaluation/test_bootstrap.py"),
+    "evaluation/similarity.py": ("evaluation/test_similarity.py", "test_coco_eval.py"),
     "evaluation/bootstrap.py": ("evaluation/test_bootstrap.py", "test_compare.py"),
     "evaluation/sigma_estimation.py": ("test_sigmas.py",),
     "group_by_aspect_ratio.py": ("test_group_by_aspect_ratio.py",),
