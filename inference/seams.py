@@ -254,15 +254,16 @@ def _one_object(pieces: Pieces, group: np.ndarray, cut: np.ndarray, links: list[
     """Return the one object that detections, the best first, are of."""
     score = pieces.scores[group[:1]]
     whole = group[~cut[group].any(axis=1)]
-    members = set(group.tolist())
-    # A piece that another one covers adds nothing but its errors.
-    parts = (
-        whole[:1]
-        if len(whole)
-        else np.array(
-            [n for n in group.tolist() if not any(link.inside and link.other in members for link in links[n])]
-        )
-    )
+    if len(whole):
+        parts = whole[:1]
+    else:
+        # A piece that another one covers adds nothing but its errors. Where each covers another one, in a circle, the
+        # largest stands for all.
+        members = set(group.tolist())
+        covered = [any(link.inside and link.other in members for link in links[n]) for n in group.tolist()]
+        parts = group[~np.array(covered)]
+        if not len(parts):
+            parts = group[[np.argmax(_area(pieces.boxes[group]))]]
     best = parts[np.argmax(pieces.scores[parts])]
     boxes = pieces.boxes[parts]
     box = np.r_[boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)]

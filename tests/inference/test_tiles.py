@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.seams import _unite
+from inference.seams import Pieces, _unite, join_pieces
 from inference.tiles import Tiling, outputs_in_tiles
 from pixels.masks import MaskBlock, block_from_mask, paste_blocks
 
@@ -267,6 +267,43 @@ def test_tiles_come_in_batches_and_pictures_in_their_order():
     outputs = outputs_in_tiles(model, pictures, Tiling(40, 0.2, batch_size=2))
     assert all(same_boxes(output, boxes) for output in outputs)
     assert model.batches == [[(40, 40), (30, 40)], [(40, 40), (40, 40)], [(40, 40)]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_detections_without_any_sense_are_joined_too(seed):
+    """A model at the start of its training finds boxes everywhere."""
+    rng = np.random.default_rng(seed)
+    tiling = Tiling(100, 0.4)
+    windows = tiling.windows(220, 260)
+    parts = []
+    for x1, y1, x2, y2 in windows.tolist():
+        centers, sides = rng.uniform([x1, y1], [x2, y2], (40, 2)), rng.uniform(20, 130, (40, 2))
+        corners = np.concatenate([centers - sides / 2, centers + sides / 2], axis=1)
+        corners = corners.clip([x1, y1, x1, y1], [x2, y2, x2, y2]).astype(np.float32)
+        parts.append(Pieces(corners, np.ones(40, dtype=np.int64), rng.uniform(0.01, 0.02, 40).astype(np.float32)))
+    found = join_pieces(parts, windows)
+    scores = np.concatenate([part.scores for part in parts])
+    assert 0 < len(found.scores) <= len(scores) and found.scores[0] == scores.max()
+    assert (np.diff(found.scores) <= 0).all() and (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+
+
+def test_pieces_that_cover_each_other_in_a_circle_become_one():
+    """Four boxes around the crossing of four borders, as a hardly trained SSDlite found them in a photograph."""
+    windows = Tiling(320, 0.2).windows(427, 480)
+    boxes = {
+        (0, 0): [167.4, 175.1, 280.6, 320.0],
+        (160, 0): [160.0, 111.1, 248.6, 320.0],
+        (0, 107): [167.4, 107.0, 280.6, 252.1],
+        (160, 107): [160.0, 107.0, 248.6, 316.1],
+    }
+    scores = {(160, 107): 0.024, (0, 0): 0.023, (160, 0): 0.022, (0, 107): 0.021}
+    parts = [
+        Pieces(np.array([boxes[place]], np.float32), np.array([1]), np.array([scores[place]], np.float32))
+        for place in map(tuple, windows[:, :2].tolist())
+    ]
+    found = join_pieces(parts, windows)
+    assert found.scores.tolist() == [np.float32(0.024)]
+    np.testing.assert_allclose(found.boxes, [boxes[160, 107]], atol=1e-4)  # the largest
 
 
 def test_a_large_picture_with_nothing_in_it_gives_nothing():
