@@ -13,6 +13,7 @@ import torch
 
 from helpers.drawn import ROOT, draw_coco
 from helpers.shaken import limit_proposals
+from process.log_lines import LogFile
 from process.waiting import STOP_SIGNALS
 
 torch.set_num_threads(1)
@@ -29,6 +30,16 @@ def pytest_addoption(parser):
 def own_caches(tmp_path, monkeypatch):
     """Keep every test's caches to itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_log_file_stays():
+    """The log file of a run in this process ends with its test, whose folder goes."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, LogFile)]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _real(name):
