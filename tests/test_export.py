@@ -14,7 +14,7 @@ import export
 from helpers.drawn import draw_coco
 from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from helpers.shaken import drawn_images, shaken_checkpoint
-from helpers.thin import use_thin_models
+from helpers.thin import EXPORTS_PYRAMIDS, use_thin_models
 from inference.compare_outputs import Agreement, compare_outputs, pair_detections
 from inference.export_formats import ScriptedResize, TracedResize, with_resize
 from inference.trained_model import load_trained_model
@@ -230,6 +230,7 @@ def test_a_size_that_no_file_can_have_is_refused(flags, text, checkpoint, capfd)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not EXPORTS_PYRAMIDS, reason="torch 2.10 does not export pyramids of any size")
 def test_what_no_graph_can_do_goes_to_the_old_exporter_with_a_line(thin_checkpoint, tmp_path, few_proposals, capfd):
     output = tmp_path / "model.onnx"
     checkpoint = thin_checkpoint("keypointrcnn_resnet50_fpn", detections_per_img=5)

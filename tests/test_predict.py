@@ -297,7 +297,12 @@ def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
     command = [sys.executable, "predict.py", folder, "--checkpoint", checkpoints[MODELS[0]], "--device", "cpu"]
     command += ["--workers", workers, "--batch-size", 1, "--output-dir", out]
     process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        [*map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -17,6 +18,9 @@ from models.architectures import _settle_pooling_scales
 from runtime import saved_model
 
 WIDTH = 16
+
+# Pyramids of any size are followed by torch.export of torch 2.14; 2.10 stops at their last pooling.
+EXPORTS_PYRAMIDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
 def _stage(width_in, stride, width=WIDTH):

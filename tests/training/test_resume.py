@@ -278,7 +278,7 @@ def test_settings_that_move_the_last_digits_are_named_in_one_line(drawn_coco, tm
     flags = stopped_inside_epoch(drawn_coco, tmp_path / "out")
     path = tmp_path / "out" / "weights" / "checkpoint.pth"
     content = checkpoint.load_checkpoint(path)
-    content["world_size"], content["num_threads"], content["versions"]["torch"] = 2, 64, "2.10.0"
+    content["world_size"], content["num_threads"], content["versions"]["torch"] = 2, 64, "2.9.0"
     checkpoint.save_checkpoint(content, path)
     capsys.readouterr()
     assert run(*flags, "--eval-every", "0", "--amp") == 0
@@ -286,7 +286,7 @@ def test_settings_that_move_the_last_digits_are_named_in_one_line(drawn_coco, tm
     for part in (
         "processes 2, now 1",
         "threads 64, now 1",
-        "torch 2.10.0, now",
+        "torch 2.9.0, now",
         "--amp False, now True",
         "last digits",
     ):
