@@ -11,6 +11,7 @@ found.draw().show()
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,10 @@ from pixels.images import BadImageError, pixels_of, read_image
 from pixels.value_range import ValueRange
 from process.device import choose_device
 from runtime.signals import leave_stopping_to_parent
+
+# A socket's address has 107 bytes on Linux, of which multiprocessing takes "/pymp-xxxxxxxx/listener-xxxxxxxx"; without
+# this look a loading process would fail in silence and everything else wait for it.
+LONGEST_TEMPORARY = 107 - 32
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -196,7 +201,15 @@ class Detector:
             paths: Image files.
             batch_size: Pictures per batch, or tiles of one, at most.
             workers: Loading processes.
+
+        Raises:
+            ValueError: The folder for temporary files has too long a name for what loading processes send through it.
         """
+        if workers > 0 and len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
+            raise ValueError(
+                f"{tempfile.gettempdir()}: expected at most {LONGEST_TEMPORARY} characters in the name of the folder "
+                "for temporary files, where loading processes open sockets; set TMPDIR to a shorter one"
+            )
         batches, bad = reject_or_batch(paths, batch_size, self.trained.spec)
         if bad:
             yield list(bad)

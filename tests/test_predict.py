@@ -326,6 +326,18 @@ def test_ctrl_c_leaves_what_was_found_whole(checkpoints, tmp_path, workers):
     assert f"stopped before {len(images['not_reached'])} more files" in (out / "index.html").read_text()
 
 
+def test_a_folder_too_long_for_sockets_is_one_line(monkeypatch, checkpoints, photos, tmp_path, capfd):
+    """torch's loading processes would fail in silence there, and the command wait for ever."""
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    flags = ["--checkpoint", checkpoints[MODELS[0]], photos, "--output-dir", tmp_path / "out"]
+    assert predict.run([*map(str, flags), "--device", "cpu", "--workers", "1"]) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "expected at most 75 characters" in line]
+    assert str(long) in line and "set TMPDIR to a shorter one" in line
+    assert run(*flags) in (0, 4)  # without loading processes
+
+
 def test_ctrl_c_before_the_first_picture_is_one_line(monkeypatch, photos, tmp_path, capfd):
     monkeypatch.setattr(predict, "load_trained_model", lambda path: signal.raise_signal(signal.SIGINT))
     assert run("--checkpoint", "none.pth", photos, "--output-dir", tmp_path / "out") == 130
