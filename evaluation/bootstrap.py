@@ -24,7 +24,7 @@ LEVEL = 0.95
 RESAMPLED = ("AP", "AP50", "AP75", "AR")
 
 # So many where that is cheap, fewer for large datasets, none where a tenth is not cheap either; the bound is on
-# resamples times detections.
+# resamples times detections, or images where these are more.
 RESAMPLES = 1000
 MAX_WORK = 100_000_000
 
@@ -61,9 +61,10 @@ class Resampled:
 
 def draw_weights(num_images: int, num_resamples: int, seed: int = SEED) -> np.ndarray:
     """Return how often each resample contains each image, int32 [num_resamples, num_images]; depends on the seed."""
-    drawn = np.random.default_rng(seed).integers(0, num_images, (num_resamples, num_images))
-    drawn += np.arange(num_resamples)[:, None] * num_images
-    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.int32)
+    rng, weights = np.random.default_rng(seed), np.empty((num_resamples, num_images), dtype=np.int32)
+    for row in weights:  # one at a time: the numbers drawn take four times as much memory
+        row[:] = np.bincount(rng.integers(0, num_images, num_images), minlength=num_images)
+    return weights
 
 
 def resample(saved: SavedMatches, weights: np.ndarray) -> Resampled:
@@ -135,9 +136,9 @@ def _average_precision(
     return precision, recall
 
 
-def num_resamples(num_detections: int) -> int:
-    """Return how many resamples are made for so many detections; 0 where it would take too long."""
-    affordable = MAX_WORK // max(1, num_detections)
+def num_resamples(num_detections: int, num_images: int) -> int:
+    """Return how many resamples are made; 0 where it would take too long, or more memory than a figure is worth."""
+    affordable = MAX_WORK // max(1, num_detections, num_images)
     return min(RESAMPLES, affordable) if affordable >= RESAMPLES // 10 else 0
 
 
@@ -207,11 +208,11 @@ def metric_intervals(result: EvalResult) -> dict[str, dict[str, Any]]:
 
     Returns:
         Per kind of score ``AP``, ``AP50``, ``AP75`` and ``AR``, each [low, high] or None without objects, and
-        ``resamples``, their number. A kind with too many detections has no entry.
+        ``resamples``, their number. A kind with too many detections or images has no entry.
     """
     intervals: dict[str, dict[str, Any]] = {}
     for iou_type, saved in result.saved.items():
-        number = num_resamples(len(saved.matches))
+        number = num_resamples(len(saved.matches), len(saved.image_ids))
         if not number or not len(saved.image_ids):
             continue
         resampled = resample(saved, draw_weights(len(saved.image_ids), number))

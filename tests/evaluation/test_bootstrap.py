@@ -119,15 +119,16 @@ def test_intervals_hold_as_often_as_they_say():
 def test_weights_depend_on_the_seed_only_and_draw_with_repetition():
     weights = draw_weights(50, 400)
     assert (weights == draw_weights(50, 400)).all() and (weights != draw_weights(50, 400, seed=1)).any()
-    assert (weights.sum(axis=1) == 50).all()
+    drawn = np.random.default_rng(0).integers(0, 50, (400, 50))
+    assert (weights == [np.bincount(row, minlength=50) for row in drawn]).all()
     assert np.mean(weights == 0) == pytest.approx(np.exp(-1), abs=0.02)
 
 
 def test_the_number_of_resamples_is_bounded():
-    assert num_resamples(0) == num_resamples(1000) == 1000
-    assert num_resamples(MAX_WORK // 200) == 200
-    assert num_resamples(MAX_WORK // 100) == 100  # a tenth is the least
-    assert num_resamples(MAX_WORK // 99) == 0
+    assert num_resamples(0, 10) == num_resamples(1000, 10) == 1000
+    assert num_resamples(MAX_WORK // 200, 10) == num_resamples(10, MAX_WORK // 200) == 200
+    assert num_resamples(MAX_WORK // 100, 10) == 100  # a tenth is the least
+    assert num_resamples(MAX_WORK // 99, 10) == num_resamples(10, MAX_WORK // 99) == 0
 
 
 @pytest.mark.parametrize(
