@@ -14,9 +14,9 @@ from models.batched_boxes import to_device
 # Marks a keypoint that is not learnt from, in `torch.nn.functional.cross_entropy`.
 NOT_LEARNT = -100
 
-# Pixels of resized masks that are laid out together, five bytes each: 320 MiB. Masks of 800 x 1333: 62, of 8 pictures
-# with 7 objects or of one picture with 100, which is never cut in two.
-MOST_MASK_PIXELS = 2**26
+# Pixels of resized masks that may always be laid out together, five bytes each: 320 MiB. Masks of 800 x 1333: 62, of 8
+# pictures with 7 objects. And how many may never be: torchvision's kernels count them in 32 bits with a sign.
+ALWAYS_MASK_PIXELS, NEVER_MASK_PIXELS = 2**26, 2**31
 
 
 @torch.no_grad()
@@ -95,11 +95,21 @@ def _pixels_to_pick(
     return rows + before[:, None], columns, first
 
 
+def most_together(pixels: Sequence[int]) -> int:
+    """Return how many pixels of resized masks are laid out at once, of pictures with so many each.
+
+    torchvision keeps the resized masks of all pictures, a byte a pixel, and lays out those of one picture in four more.
+    What takes as much memory, at five bytes a pixel, makes four groups of 16 pictures alike, however large they are.
+    """
+    as_torchvision = (sum(pixels) + 4 * max(pixels)) // 5
+    return min(max(ALWAYS_MASK_PIXELS, as_torchvision), NEVER_MASK_PIXELS - 1)
+
+
 def _group_pictures(pixels: Sequence[int]) -> list[slice]:
-    """Return pictures, each with so many pixels of masks, in groups of at most `MOST_MASK_PIXELS` or of one picture."""
-    bounds, in_group = [0], 0
+    """Return pictures, each with so many pixels of masks, in groups of `most_together` at most or of one picture."""
+    bounds, in_group, most = [0], 0, most_together(pixels)
     for picture, number in enumerate(pixels):
-        if picture > bounds[-1] and in_group + number > MOST_MASK_PIXELS:
+        if picture > bounds[-1] and in_group + number > most:
             bounds.append(picture)
             in_group = 0
         in_group += number

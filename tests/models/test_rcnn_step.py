@@ -218,7 +218,7 @@ def test_pooling_by_level_is_torchvisions_to_the_last_bit(dtype):
 @pytest.mark.parametrize("most_pixels", [2**26, 40000, 1], ids=["together", "in groups", "one by one"])
 def test_mask_targets_are_torchvisions_of_resized_masks(most_pixels, monkeypatch):
     """Larger, smaller and as they are; to the last bit but for boxes that end on the last row or column of a picture."""
-    monkeypatch.setattr(roi_targets, "MOST_MASK_PIXELS", most_pixels)
+    monkeypatch.setattr(roi_targets, "most_together", lambda pixels: most_pixels)
     given, sizes = [(90, 150), (70, 60), (61, 35), (33, 47)], [(80, 133), (70, 60), (122, 70), (99, 141)]
     rng = torch.Generator().manual_seed(0)
     masks = [torch.randint(0, 2, (count, *size), dtype=torch.uint8, generator=rng) for count, size in
@@ -241,9 +241,19 @@ def test_mask_targets_are_torchvisions_of_resized_masks(most_pixels, monkeypatch
 
 
 def test_pictures_are_grouped_within_the_bound_of_memory_and_never_cut(monkeypatch):
-    monkeypatch.setattr(roi_targets, "MOST_MASK_PIXELS", 10)
+    monkeypatch.setattr(roi_targets, "most_together", lambda pixels: 10)
     groups = [list(range(6))[group] for group in roi_targets._group_pictures([4, 6, 25, 0, 3, 8])]
     assert groups == [[0, 1], [2], [3, 4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("objects", "groups"), [(7, 2), (20, 4), (100, 4), (600, 6)], ids=["few", "some", "many", "limit of the kernels"]
+)
+def test_sixteen_pictures_need_few_groups_and_no_more_memory_than_torchvision(objects, groups):
+    pixels = [objects * 800 * 1333] * 16
+    found = [sum(pixels[group]) for group in roi_targets._group_pictures(pixels)]
+    assert len(found) == groups and sum(found) == sum(pixels) and max(found) < 2**31
+    assert 5 * max(found) <= max(sum(pixels) + 4 * pixels[0], 5 * 2**26)
 
 
 def test_pictures_without_objects_have_no_mask_targets():
