@@ -5,8 +5,9 @@ affair.
 """
 
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -38,8 +39,6 @@ _MASK_ALPHA = 0.45
 
 NO_SKELETON = Skeleton()
 
-Rectangle = tuple[float, float, float, float]
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -64,14 +63,21 @@ class Drawn:
         return len(self.captions)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Pens:
-    """Sizes in pixels of what is drawn into one picture, and the places where text stands already."""
+    """Sizes in pixels of what is drawn into one picture, and where text stands already.
+
+    Attributes:
+        line: Width of outlines.
+        text: Height of letters.
+        point: Radius of keypoints.
+        taken: bool [H, W].
+    """
 
     line: int
     text: int
     point: int
-    taken: list[Rectangle] = field(default_factory=list)
+    taken: np.ndarray
 
 
 def _pens_for(height: int, width: int, shown_at: int | None) -> _Pens:
@@ -79,7 +85,8 @@ def _pens_for(height: int, width: int, shown_at: int | None) -> _Pens:
     shrunk = 1.0 if shown_at is None else max(max(height, width) / shown_at, 1.0)
     shown = (height * width) ** 0.5 / shrunk
     line = max(shown / 330, 1.0) * shrunk
-    return _Pens(round(line), round(max(shown / 48, 11.0) * shrunk), round(max(shown / 220, 2.0) * shrunk))
+    text, point = max(shown / 48, 11.0) * shrunk, max(shown / 220, 2.0) * shrunk
+    return _Pens(round(line), round(text), round(point), np.zeros((height, width), dtype=bool))
 
 
 @cache
@@ -106,7 +113,8 @@ def draw_objects(
 
     Args:
         image: uint8 [3, H, W].
-        objects: What to draw; earlier objects get the better places for their captions.
+        objects: What to draw; earlier objects get the better places for their captions, and a caption that could only
+            stand on others is left out.
         skeleton: Links between keypoints, and their names.
         keypoint_names: Write the names beside the keypoints of objects that are large enough for it.
         shown_at: Long side in pixels that the picture will be shrunk to, in a sheet for instance: lines and
@@ -132,10 +140,10 @@ def draw_objects(
         if keypoint_names and skeleton.names:
             for points in np.asarray(objects.keypoints):
                 if _has_room_for_names(points, pens):
-                    _name_points(draw, points, skeleton.names, pens, (width, height))
+                    _name_points(draw, points, skeleton.names, pens)
     for box, caption, colour in zip(boxes.tolist(), objects.captions, colours):
         if caption:
-            _draw_caption(draw, box, caption, colour, pens, (width, height))
+            _draw_caption(draw, box, caption, colour, pens)
     return pil_to_tensor(canvas)
 
 
@@ -176,9 +184,7 @@ def _has_room_for_names(points: np.ndarray, pens: _Pens) -> bool:
     return len(drawn) > 0 and float(np.ptp(drawn, axis=0).max()) >= pens.text * (len(drawn) - 1) * 0.8
 
 
-def _name_points(
-    draw: ImageDraw.ImageDraw, points: np.ndarray, names: Sequence[str], pens: _Pens, size: tuple[int, int]
-) -> None:
+def _name_points(draw: ImageDraw.ImageDraw, points: np.ndarray, names: Sequence[str], pens: _Pens) -> None:
     """Write the names of one object's keypoints beside them."""
     font, gap = _font(max(round(pens.text * 0.8), 10)), pens.point + 2 * pens.line
     for (x, y, v), name in zip(points.tolist(), names):
@@ -191,27 +197,27 @@ def _name_points(
             (x - right / 2, y + gap),
             (x - right / 2, y - gap - bottom),
         ]
-        place = _free_place(places, (right - left, bottom), pens, size)
+        place = _take_place(places, (round(right - left), round(bottom)), pens.taken)
+        if place is None:
+            continue
         draw.text(place, name, font=font, fill=_LIGHT, stroke_width=max(1, pens.text // 12), stroke_fill=_DARK)
 
 
 def _draw_caption(
-    draw: ImageDraw.ImageDraw,
-    box: list[float],
-    caption: str,
-    colour: tuple[int, int, int],
-    pens: _Pens,
-    size: tuple[int, int],
+    draw: ImageDraw.ImageDraw, box: list[float], caption: str, colour: tuple[int, int, int], pens: _Pens
 ) -> None:
     """Write a caption on a ground of the object's colour: above its box, else where there is room around it."""
     font = _font(pens.text)
     margin = max(1, pens.text // 6)
     left, _, right, _ = draw.textbbox((0, 0), caption, font=font)
     # Every caption is as high as the font, so that neighbours stand on one line.
-    height, width = round(pens.text * 1.15) + margin, right - left + 2 * margin
+    height, width = round(pens.text * 1.15) + margin, round(right - left) + 2 * margin
     x1, y1, x2, y2 = box
     places = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2), (x1, y1), (x2 - width, y1)]
-    x, y = _free_place(places, (width, height), pens, size)
+    place = _take_place(places, (width, height), pens.taken)
+    if place is None:
+        return
+    x, y = place
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
     draw.text((x + margin - left, y + height / 2), caption, font=font, fill=text_colour(colour), anchor="lm")
 
@@ -221,29 +227,34 @@ def text_colour(ground: tuple[int, int, int]) -> tuple[int, int, int]:
     return _DARK if np.dot(ground, (0.299, 0.587, 0.114)) > 110 else _LIGHT
 
 
-def _free_place(
-    places: Sequence[tuple[float, float]], extent: tuple[float, float], pens: _Pens, size: tuple[int, int]
-) -> tuple[int, int]:
-    """Return the first of ``places`` that lies in the picture and on no other text, else the least covered one."""
-    best, least = (0, 0), float("inf")
+def _take_place(
+    places: Sequence[tuple[float, float]], extent: tuple[int, int], taken: np.ndarray
+) -> tuple[int, int] | None:
+    """Take the first of ``places`` that lies in the picture and on no other text, else the least covered one.
+
+    Args:
+        places: (x, y) of the top left corner of a text, the best first.
+        extent: Its width and height.
+        taken: bool [H, W], where text stands; what is taken is marked.
+
+    Returns:
+        The place, moved into the picture; None where more than a quarter of it would lie on other text.
+    """
+    (height, width), (across, down) = taken.shape, extent
+    best, least, hidden = (0, 0), math.inf, 0
     for x, y in places:
-        inside_x = round(min(max(x, 0), max(size[0] - extent[0], 0)))
-        inside_y = round(min(max(y, 0), max(size[1] - extent[1], 0)))
-        rectangle = inside_x, inside_y, inside_x + extent[0], inside_y + extent[1]
-        covered = sum(_overlap(rectangle, other) for other in pens.taken)
+        inside_x, inside_y = round(min(max(x, 0), max(width - across, 0))), round(min(max(y, 0), max(height - down, 0)))
+        covered = int(taken[inside_y : inside_y + down, inside_x : inside_x + across].sum())
         # A place that had to be moved sideways is as good, one moved up or down stands in the wrong place.
-        covered += abs(inside_y - y) * extent[0]
-        if covered < least:
-            best, least = (inside_x, inside_y), covered
-        if covered < 1:
+        cost = covered + abs(inside_y - y) * across
+        if cost < least:
+            best, least, hidden = (inside_x, inside_y), cost, covered
+        if cost < 1:
             break
-    pens.taken.append((*best, best[0] + extent[0], best[1] + extent[1]))
+    if 4 * hidden > across * down:
+        return None
+    taken[best[1] : best[1] + down, best[0] : best[0] + across] = True
     return best
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> float:
-    """Return the area that two xyxy rectangles share."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Tensor]], *, columns: int, cell: int) -> Tensor:
