@@ -14,7 +14,6 @@ import argparse
 import math
 import tempfile
 from collections import OrderedDict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def main(args):
         rows.append(
             {**dict.fromkeys(COLUMNS, ""), "model": model, "seed": "all", "difference": mean_with_interval(values)}
         )
-    print(f"{datetime.now(UTC):%Y-%m-%d}, {machine()}\n\n{table(rows, COLUMNS)}")
+    print(f"{machine()}\n\n{table(rows, COLUMNS)}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def run_suite(iou_type, truth, results):
             evaluator.add(image_id, detections)
         result = evaluator.compute()
     buffer = io.BytesIO()
-    _write_matches(buffer, result.matches[iou_type], evaluator.grids[iou_type].num_bits)
+    _write_matches(buffer, result.saved[iou_type].matches, evaluator.grids[iou_type].num_bits)
     stats = [-1 if v is None else v for v in result.metrics[iou_type].values()]
     curves = result.curves[iou_type]
     return measured, stats, buffer.tell(), (curves.precision, curves.recall, curves.scores)

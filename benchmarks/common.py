@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def in_fresh_process(script, *args, threads=1, timeout=3600):
 
 
 def machine():
-    """One line about the hardware and versions."""
+    """One line about the day, the hardware and versions."""
     names = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(": ")[1] for line in names if line.startswith("model name")), platform.processor())
     found = []
@@ -66,7 +67,7 @@ def machine():
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return f"{os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, {', '.join(found)}"
+    return f"{date.today()}, {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, {', '.join(found)}"
 
 
 def table(rows, columns):

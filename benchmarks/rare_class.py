@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ def main(args):
         rows.append(
             {**{c: np.mean([row[c] for row in of_kind]) for c in COLUMNS[2:]}, "seed": "mean", "threshold": threshold}
         )
-    print(f"{datetime.now(UTC):%Y-%m-%d}, {machine()}\n\n{table([shown(row) for row in rows], COLUMNS)}")
+    print(f"{machine()}\n\n{table([shown(row) for row in rows], COLUMNS)}")
 
 
 def shown(row):

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +146,7 @@ def main(args):
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     rows = [{name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows]
-    print(f"{datetime.now(UTC):%Y-%m-%d}, {machine()}\n\n{table(rows, COLUMNS)}")
+    print(f"{machine()}\n\n{table(rows, COLUMNS)}")
 
 
 if __name__ == "__main__":
