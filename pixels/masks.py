@@ -49,12 +49,10 @@ def block_from_polygons(polygons: Sequence[np.ndarray], height: int, width: int)
     x_max = max(float(points[0::2].max()) for points in polygons)
     y_min = min(float(points[1::2].min()) for points in polygons)
     y_max = max(float(points[1::2].max()) for points in polygons)
-    canvas_height = min(height, max(math.ceil(y_max) + 1, 1))
-    canvas_width = min(width, max(math.ceil(x_max) + 1, 1))
+    canvas_height, canvas_width = min(height, max(math.ceil(y_max), 1)), min(width, max(math.ceil(x_max), 1))
     rles = mask_util.frPyObjects([points.tolist() for points in polygons], canvas_height, canvas_width)
     rle = mask_util.merge(rles) if len(rles) > 1 else rles[0]
-    left = min(max(math.floor(x_min) - 1, 0), canvas_width)
-    top = min(max(math.floor(y_min) - 1, 0), canvas_height)
+    left, top = min(max(math.floor(x_min), 0), canvas_width), min(max(math.floor(y_min), 0), canvas_height)
     counts = _shorten_first_run(rle["counts"], left * canvas_height)
     if counts is None:  # no pixel at all
         return EMPTY_BLOCK

@@ -6,13 +6,17 @@ from pycocotools import mask as mask_util
 
 from helpers.run_lengths import run_lengths
 from pixels.masks import (
+    MaskBlock,
     area_of_polygons,
     block_from_mask,
     block_from_polygons,
     block_from_rle,
     check_run_lengths,
     compress_rle,
+    counts_of_block,
+    mask_edges,
     paste_blocks,
+    rle_from_polygons,
 )
 
 
@@ -40,6 +44,7 @@ def test_polygon_blocks_equal_pycocotools_on_thousands_of_random_polygons():
         polygons = random_polygons(rng, height, width)
         rles = mask_util.frPyObjects([p.tolist() for p in polygons], height, width)
         expected = mask_util.decode(mask_util.merge(rles))
+        assert rle_from_polygons(polygons, height, width) == mask_util.merge(rles)
         block = block_from_polygons(polygons, height, width)
         different += int((paste_blocks([block], height, width)[0] != expected).any())
     assert different == 0
@@ -47,25 +52,63 @@ def test_polygon_blocks_equal_pycocotools_on_thousands_of_random_polygons():
 
 def test_a_block_is_no_larger_than_its_polygon_needs():
     block = block_from_polygons([np.array([50.0, 60, 70, 60, 70, 90, 50, 90])], 480, 640)
-    assert block.pixels.shape[0] <= 33 and block.pixels.shape[1] <= 23
-    assert int(block.pixels.sum()) == 20 * 30
+    assert block[:2] == (50, 60) and block.pixels.shape == (30, 20) and block.pixels.all()
 
 
 @pytest.mark.parametrize("polygons", [[], [np.array([-50.0, -50, -40, -50, -40, -40])]])
 def test_nothing_inside_the_image_gives_an_empty_mask(polygons):
     block = block_from_polygons(polygons, 20, 30)
     assert paste_blocks([block], 20, 30).sum() == 0
+    rle = rle_from_polygons(polygons, 20, 30)
+    assert rle["size"] == [20, 30] and not mask_util.decode(rle).any()
 
 
 def test_rle_blocks_equal_pycocotools():
     rng = np.random.default_rng(1)
     for density in (0.0, 0.01, 0.5, 1.0):
-        mask = np.asfortranarray((rng.random((37, 51)) < density).astype(np.uint8))
+        mask = np.zeros((37, 51), dtype=np.uint8, order="F")
+        mask[3:-4, 5:-6] = rng.random((30, 40)) < density
         counts = mask_util.encode(mask)["counts"]
         block = block_from_rle(counts, 37, 51)
         assert (paste_blocks([block], 37, 51)[0] == mask).all()
         assert (paste_blocks([block_from_mask(mask)], 37, 51)[0] == mask).all()
         assert sum(run_lengths(counts)) == 37 * 51
+        box = mask_util.toBbox(mask_util.encode(mask)).tolist()
+        for found in (block, block_from_mask(mask)):
+            assert [found.left, found.top, *found.pixels.shape[::-1]] == box
+
+
+def random_block(rng, height, width):
+    """A block anywhere in its picture: empty, thin, dense or full."""
+    top, left = int(rng.integers(height)), int(rng.integers(width))
+    shape = int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))
+    return MaskBlock(left, top, (rng.random(shape) < rng.choice([0, 0.3, 0.8, 1])).astype(np.uint8))
+
+
+def test_run_lengths_of_blocks_are_pycocotools_of_whole_masks():
+    """Runs that end in their column, go on in the next or reach the picture's last pixel."""
+    rng = np.random.default_rng(4)
+    for _ in range(400):
+        height, width = (int(v) for v in rng.integers(1, 9, 2))
+        block = random_block(rng, height, width)
+        mask = np.asfortranarray(paste_blocks([block], height, width)[0])
+        assert counts_of_block(block, height, width) == mask_util.encode(mask)["counts"], (height, width, block)
+
+
+def test_edges_of_masks_are_where_a_plain_reading_of_their_rows_sees_a_change():
+    rng = np.random.default_rng(5)
+    for num_blocks in (0, 1, 2, 3) * 50:
+        height, width = (int(v) for v in rng.integers(1, 9, 2))
+        blocks = [random_block(rng, height, width) for _ in range(num_blocks)]
+        expected, counts = [], [0] * num_blocks
+        for n, mask in enumerate(paste_blocks(blocks, height, width)):
+            for y, row in enumerate(mask.tolist()):
+                for x, (before, value) in enumerate(zip([0, *row], row)):
+                    if value != before:
+                        expected.append((n * height + y) * width + x)
+                        counts[n] += 1
+        edges, of_each = mask_edges(blocks, height, width)
+        assert edges.tolist() == expected and of_each.tolist() == counts, blocks
 
 
 def test_both_spellings_of_run_lengths_compress_to_the_same_bytes():
