@@ -4,6 +4,7 @@ A `View` is changed by transforms; a `Placement` is the same in whole pixels and
 are plain arithmetic; `lazy_image` moves the pixels.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +58,12 @@ class View:
         """Return the view that shows a source of this size as it is."""
         return cls(height, width, 1.0, 1.0, 0.0, 0.0, (0.0, 0.0, float(width), float(height)))
 
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether the source lies outside the canvas, up to rounding errors."""
+        x1, y1, x2, y2 = self.visible
+        return min((x2 - x1) * self.scale_x, (y2 - y1) * self.scale_y) < 1e-6
+
     def flip(self) -> "View":
         """Mirror left to right."""
         return replace(self, flipped=not self.flipped)
@@ -75,7 +82,7 @@ class View:
         )
         return replace(self, height=height, width=width, offset_x=offset_x, offset_y=offset_y, visible=visible)
 
-    def resize(self, height: int, width: int, antialias: bool = True) -> "View":
+    def resize(self, height: int, width: int, antialias: bool) -> "View":
         """Scale this canvas to the given size."""
         x, y = width / self.width, height / self.height
         return replace(
@@ -135,6 +142,8 @@ def _round_range(start: float, end: float, limit: int | None = None) -> tuple[in
     if limit is not None:
         first, last = max(first, 0), min(last, limit)
         first = min(first, limit - 1)
+    elif last == first:  # less than a pixel: the one it lies in
+        first = math.floor((start + end) / 2)
     return first, max(last, first + 1)
 
 

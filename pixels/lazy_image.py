@@ -66,7 +66,11 @@ class LazyImage(tv_tensors.Image):
         return image
 
     def viewed_as(self, view: View) -> "LazyImage":
-        """Return the same source under another view."""
+        """Return the same source under another view, or the fill colour without objects where that shows nothing."""
+        if view.shows_nothing:
+            canvas = np.full((view.height, view.width, 3), np.array(view.fill, dtype=np.uint8))
+            boxes, is_kept = np.zeros_like(self.boxes), np.zeros_like(self.is_kept)
+            return self._with(canvas, View.of(view.height, view.width), boxes, is_kept)
         return self._with(self.pixels, view, self.boxes, self.is_kept)
 
     def keeping(self, chosen: np.ndarray) -> "LazyImage":

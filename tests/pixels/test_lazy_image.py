@@ -360,6 +360,33 @@ def test_iou_crop_leaves_images_without_boxes_whole():
     assert image.shown == View.of(96, 128)
 
 
+PADDED = [7, 5, 9, 11]  # left, top, right, bottom
+
+
+@pytest.mark.parametrize("window", [(0, 20, 5, 10), (30, 0, 8, 7), (101, 40, 11, 10), (50, 135, 4, 9), (0, 0, 5, 7)])
+@pytest.mark.parametrize("factor", [1, 8])
+def test_a_crop_beside_the_picture_is_the_fill_colour_without_objects(window, factor):
+    """Above, left, below, right and at the corner, of the picture as it is and enlarged; what follows works on it."""
+
+    def change(image):
+        image = tvf.pad(tvf.resize(image, [96 * factor, 128 * factor]), [v * factor for v in PADDED], fill=[9, 8, 7])
+        cropped = tvf.crop(image, *(v * factor for v in window))
+        return tvf.pad(tvf.horizontal_flip(cropped), [1, 2, 3, 4], fill=[3, 2, 1])
+
+    image = change(LazyImage.of(photo(), np.array([[0, 0, 128, 96]], dtype=np.float32)))
+    assert (render(image, image.shown.place()) == change(chw(photo())).permute(1, 2, 0).numpy()).all()
+    assert image.is_kept.tolist() == [False]
+
+
+@pytest.mark.parametrize("window", [(0, 0, 1, 2), (767, 1022, 1, 2), (402, 301, 2, 2), (407, 303, 1, 1)])
+def test_a_crop_of_less_than_a_pixel_shows_the_pixel_it_lies_in(window):
+    image = tvf.crop(tvf.resize(LazyImage.of(photo()), [768, 1024]), *window)
+    place = image.shown.place()
+    left, top = window[1] // 8, window[0] // 8
+    assert place.source == (left, top, left + 1, top + 1) and place.fills_canvas
+    assert (render(image, place) == photo()[top, left]).all()
+
+
 def test_keypoints_leave_with_visibility_zero_and_swap_in_a_mirror():
     view = View.of(96, 128).crop(10, 20, 50, 60).flip()
     points = np.array([[[25.0, 15, 2], [79.5, 59.5, 1], [10, 15, 2], [30, 30, 0]]], dtype=np.float32)
