@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from torchvision.transforms.v2 import functional as tvf
 
-from pixels.geometry import Placement, xywh_to_xyxy, xyxy_to_xywh
+from pixels.geometry import Placement, View, xywh_to_xyxy, xyxy_to_xywh
 from pixels.masks import MaskBlock
 
 
@@ -51,3 +53,25 @@ def test_a_cut_block_is_the_whole_mask_cut(flipped):
                 assert np.array_equal(on_canvas(placement.resize_block(cut), 6, 6), expected)
                 seen.add((bool(expected[:, 0].any()), bool(expected[:, -1].any())))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_keypoints_are_kept_as_torchvisions_sanitize_keeps_them(flipped):
+    """On the first and the last pixel of a crop, on its far edge, and half a pixel beside each."""
+    view = View.of(30, 40).crop(5, 8, 12, 20)
+    xs, ys = np.array([7.5, 8, 8.5, 27, 27.5, 28, 28.5]), np.array([4.5, 5, 5.5, 16, 16.5, 17, 17.5])
+    points = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(1, -1, 2)
+    keypoints = np.concatenate([points, np.full((1, points.shape[1], 1), 2)], axis=2)
+    placement = (view.flip() if flipped else view).place()
+    moved = placement.move_keypoints(keypoints, np.arange(points.shape[1]))[0]
+    in_crop = torch.from_numpy(points[0] - [8, 5])
+    _, kept = tvf.sanitize_keypoints(in_crop, canvas_size=(12, 20))
+    assert (moved[:, 2] > 0).tolist() == kept.tolist() and 0 < kept.sum() < len(kept)
+    if flipped:
+        in_crop[:, 0] = (20 - 1 - in_crop[:, 0]).clamp(min=0)
+    assert (moved[:, :2] == np.where(kept[:, None], in_crop, 0)).all()
+
+
+@pytest.mark.parametrize(("target", "shrink"), [((0, 0, 10, 20), 4.0), ((5, 5, 10, 25), 6.0), ((0, 0, 60, 160), 0.5)])
+def test_shrink_is_that_of_the_side_that_shrinks_more(target, shrink):
+    assert Placement((10, 20, 40, 100), target, 200, 200, False, (0.0,) * 3, antialias=True).shrink == shrink
