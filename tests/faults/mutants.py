@@ -42,11 +42,7 @@ TESTS = {
     "pixels/geometry.py": ("pixels/test_geometry.py", "pixels/test_lazy_image.py"),
     "pixels/masks.py": ("pixels/test_masks.py",),
     "annotations/skeleton.py": ("annotations/test_skeleton.py",),
-    "annotations/labels.py": (
-        "loading/test_samples.py",
-        "evaluation/test_foreign_ids.py",
-        "runtime/test_checkpoint.py",
-    ),
+    "annotations/labels.py": ("annotations/test_labels.py",),
     "runtime/checkpoint.py": ("runtime/test_checkpoint.py",),
     "runtime/progress.py": ("test_engine.py", "training/test_state.py"),
     "training/state.py": ("training/test_state.py", "training/test_resume.py"),
