@@ -59,6 +59,15 @@ def test_a_long_warmup_goes_on_after_the_first_epoch():
     assert rates.at(2, 8) == 1.0
 
 
+def test_a_rate_of_which_nothing_is_said_is_constant_and_falls_at_milestones_as_torchs():
+    assert {LearningRate(0.02, 3).at(epoch, updates) for epoch in range(3) for updates in range(3)} == {0.02}
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.02)
+    scheduler = MultiStepLR(optimizer, [1])
+    optimizer.step()
+    scheduler.step()
+    assert LearningRate(0.02, 3, milestones=[1]).at(1, 9) == pytest.approx(scheduler.get_last_lr()[0])
+
+
 def test_norm_layers_get_their_own_weight_decay():
     model = net()
     model[0].bias.requires_grad_(False)
