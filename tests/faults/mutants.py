@@ -38,13 +38,13 @@ TESTS = {
     "evaluation/bootstrap.py": ("evaluation/test_bootstrap.py", "test_compare.py"),
     "evaluation/sigma_estimation.py": ("test_sigmas.py",),
     "group_by_aspect_ratio.py": ("test_group_by_aspect_ratio.py",),
-    "optimization/schedule.py": ("optimization/test_optimizer.py", "test_engine.py"),
+    "optimization/schedule.py": ("optimization/test_optimizer.py",),
     "pixels/geometry.py": ("pixels/test_geometry.py", "pixels/test_lazy_image.py"),
     "pixels/masks.py": ("pixels/test_masks.py",),
     "annotations/skeleton.py": ("annotations/test_skeleton.py",),
     "annotations/labels.py": ("annotations/test_labels.py",),
     "runtime/checkpoint.py": ("runtime/test_checkpoint.py",),
-    "runtime/progress.py": ("test_engine.py", "training/test_state.py"),
+    "runtime/progress.py": ("runtime/test_progress.py",),
     "training/state.py": ("training/test_state.py", "training/test_resume.py"),
 }
 PRELOADED = ("torch", "torchvision", "pycocotools.cocoeval", "scipy", "PIL.Image", "pytest", "hypothesis", "matplotlib")
