@@ -89,6 +89,15 @@ def test_old_epochs_are_removed_with_their_hashes(tmp_path):
     assert load_checkpoint(tmp_path / "best.pth")["progress"]["epoch"] == 1
 
 
+@pytest.mark.parametrize(("keep", "left"), [(0, [0, 1, 2, 3]), (1, [3]), (3, [1, 2, 3])])
+def test_so_many_epochs_are_kept_and_all_with_0(tmp_path, keep, left):
+    folder = CheckpointFolder(tmp_path, keep)
+    assert not folder.last_save_failed
+    for epoch in range(4):
+        assert folder.save(content(epoch + 1), epoch_done=epoch)
+    assert sorted(tmp_path.glob("model_*.pth")) == [tmp_path / f"model_{epoch}.pth" for epoch in left]
+
+
 def killed_between_hash_and_rename(path):
     """Leave a folder as a SIGKILL does after the hash file was written and before the checkpoint was renamed."""
     hashes = path.with_name(path.name + ".sha256")
@@ -106,6 +115,17 @@ def test_a_second_kill_in_the_middle_of_a_rename_loses_nothing(tmp_path):
         killed_between_hash_and_rename(tmp_path / NEWEST)
         CheckpointFolder(tmp_path).save(content(epoch))
         assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == epoch - 1
+
+
+def test_a_kill_between_rename_and_hash_loses_nothing(tmp_path):
+    """The hash file then names the content before and this one; the copy that is kept must get the right one."""
+    for epoch in (1, 2):
+        CheckpointFolder(tmp_path).save(content(epoch))
+    hashes = tmp_path / f"{NEWEST}.sha256"
+    hashes.write_text(f"{'0' * 64}  {NEWEST}\n" + hashes.read_text())
+    CheckpointFolder(tmp_path).save(content(3))
+    assert load_checkpoint(tmp_path / PREVIOUS)["progress"]["epoch"] == 2
+    assert len((tmp_path / f"{PREVIOUS}.sha256").read_text().splitlines()) == 1
 
 
 def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path):
@@ -232,6 +252,26 @@ def test_urls_are_not_fetched(tmp_path):
         open_checkpoint("http://host/a.pth", tmp_path)
 
 
+def test_a_run_goes_on_from_what_is_named_and_after_a_restart_from_its_own_folder(tmp_path, monkeypatch):
+    """``restarts`` is what torchrun says; each line: --resume, restarts, epoch of the checkpoint that is taken."""
+    own, other, empty = tmp_path / "own", tmp_path / "other", tmp_path / "empty"
+    for folder, epoch in ((own, 1), (other, 2)):
+        CheckpointFolder(folder / "weights").save(content(epoch))
+    for resume, restarts, epoch in (
+        ("", 0, None), ("auto", 0, 1), (other, 0, 2), (other / "weights" / NEWEST, 0, 2), ("", 1, 1), (other, 1, 1)
+    ):  # fmt: skip
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        found, path = open_checkpoint(str(resume), own)
+        assert (found and found["progress"]["epoch"]) == epoch
+        assert path == (epoch and {1: own, 2: other}[epoch] / "weights" / NEWEST)
+    assert open_checkpoint(str(other), empty)[1] == other / "weights" / NEWEST  # the restart came before the first save
+    assert open_checkpoint("auto", empty) == (None, None)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert open_checkpoint(str(other), None)[1] == other / "weights" / NEWEST
+    with pytest.raises(ValueError, match="--resume auto needs an --output-dir"):
+        open_checkpoint("auto", None)
+
+
 WEIGHTS = {"w": torch.zeros(3)}
 OTHERS = {
     "torchvision's scripts": (
@@ -246,6 +286,17 @@ OTHERS = {
     "deeper": ({"state_dict": WEIGHTS, "epoch": 3}, "its weights are under 'state_dict'; save those alone"),
     "list": ([1, 2], "it holds list, no weights"),
     "else": ({"epoch": 3}, "it holds epoch, no weights"),
+}
+
+
+OTHERS |= {
+    "empty": ({}, "it holds nothing, no weights"),
+    "partly weights": ({"w": torch.zeros(3), "epoch": 3}, "it holds w, epoch, no weights"),
+    "partly weights, deeper": ({"net": {"w": torch.zeros(3), "epoch": 3}}, "it holds net, no weights"),
+    "scheduler alone": (
+        {"model": WEIGHTS, "lr_scheduler": {}},
+        "start from its weights with --weights .*: it is one of torchvision's scripts, with model, lr_scheduler",
+    ),
 }
 
 
@@ -289,6 +340,12 @@ def test_a_folder_has_one_writer(tmp_path):
     assert f"another run (process {os.getpid()}) writes there" in second.output()
     lock.close()
     assert Forked(tmp_path / "log", lock_folder, tmp_path).wait(120) == 0
+
+
+def test_the_lock_names_the_process_that_holds_it_alone(tmp_path):
+    (tmp_path / ".lock").write_text("99999999")
+    with lock_folder(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 def save_without_end(folder):
