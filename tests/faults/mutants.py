@@ -45,7 +45,7 @@ TESTS = {
     "annotations/labels.py": ("annotations/test_labels.py",),
     "runtime/checkpoint.py": ("runtime/test_checkpoint.py",),
     "runtime/progress.py": ("runtime/test_progress.py",),
-    "training/state.py": ("training/test_state.py", "training/test_resume.py"),
+    "training/state.py": ("training/test_restore.py", "training/test_state.py", "training/test_resume.py"),
 }
 PRELOADED = ("torch", "torchvision", "pycocotools.cocoeval", "scipy", "PIL.Image", "pytest", "hypothesis", "matplotlib")
 
