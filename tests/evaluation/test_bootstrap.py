@@ -74,6 +74,19 @@ def test_figures_of_single_classes_are_those_of_the_evaluation():
             )
 
 
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_resamples_that_are_worked_on_in_parts_are_the_same(monkeypatch, chunk):
+    """Of classes with fewer detections than a part and with more."""
+    _, result = evaluate(*random_case(3, "bbox"), "bbox")
+    outcomes = result.saved["bbox"]
+    weights = draw_weights(len(outcomes.image_ids), 30)
+    whole = resample(outcomes, weights)
+    monkeypatch.setattr("evaluation.bootstrap._CHUNK", chunk)
+    parts = resample(outcomes, weights)
+    assert np.array_equal(parts.precision, whole.precision, equal_nan=True)
+    assert np.array_equal(parts.recall, whole.recall, equal_nan=True)
+
+
 def test_only_evaluated_images_are_resampled():
     truth, results = random_case(12, "bbox")
     evaluator, result = evaluate(truth, results, "bbox", indices=np.array([0, 2]))
