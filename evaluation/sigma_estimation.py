@@ -60,7 +60,7 @@ def read_annotator(path: Path) -> Annotator:
             try:
                 boxes = np.array(content["bboxes"], dtype=np.float64).reshape(-1, 4)
                 rows = [[point or [0, 0, 0] for point in points] for points in content["keypoints"]]
-                points = np.array(rows, dtype=np.float64).reshape(len(boxes), -1, 3)
+                points = np.array(rows, dtype=np.float64).reshape(len(boxes), -1 if rows else 0, 3)
             except (KeyError, TypeError, ValueError):
                 raise ValueError(
                     f"{file}: expected bboxes [[x1, y1, x2, y2], ...] and keypoints [[[x, y, v], ...]]"
@@ -113,7 +113,8 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
     counts = {points.shape[1] for a in annotators for _, points in a.images.values() if len(points)}
     if len(counts) != 1:
         raise ValueError(f"the annotators have different numbers of keypoints: {sorted(counts)}")
-    spreads = np.concatenate([_spreads_of_image(annotators, stem, area_factor) for stem in annotators[0].images])
+    with_objects = [stem for stem, (boxes, _) in annotators[0].images.items() if len(boxes)]
+    spreads = np.concatenate([_spreads_of_image(annotators, stem, area_factor) for stem in with_objects])
     if not len(spreads):
         raise ValueError(
             "no object was annotated by two annotators (boxes of IoU 0.5 or more in images of the same name)"
@@ -172,7 +173,7 @@ def _spreads_of_image(annotators: Sequence[Annotator], stem: str, area_factor: f
         for b, p in zip(all_boxes, all_points)
         if len(b) > 1
     ]
-    return np.stack(rows) if rows else np.zeros((0, points.shape[1] if points.ndim == 3 else 0))
+    return np.stack(rows) if rows else np.zeros((0, points.shape[1]))
 
 
 def _spread(points: np.ndarray, area: float) -> np.ndarray:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 import sigmas
-from evaluation.sigma_estimation import Annotator, estimate_sigmas, format_card, pixels_for_oks, read_annotator
+from evaluation.sigma_estimation import (
+    Annotator,
+    check_independent,
+    estimate_sigmas,
+    format_card,
+    pixels_for_oks,
+    read_annotator,
+)
 from evaluation.similarity import object_keypoint_similarity
 from helpers.coco_cases import oracle, random_case
 
@@ -41,6 +48,33 @@ def test_known_sigmas_are_recovered_within_the_interval(num_annotators):
 def test_two_annotators_are_not_biased():
     mean = np.mean([estimate_sigmas(annotate(2, 300, seed)).sigmas for seed in range(5)], axis=0)
     assert mean == pytest.approx(TRUE, rel=0.05)
+
+
+def test_sigmas_of_two_objects_are_those_of_the_formula():
+    """Two objects of 10 x 10; the second point is labelled on one of them, and the third annotator labels nothing."""
+    boxes = np.array([[0.0, 0, 10, 10], [50, 50, 10, 10]])
+    first = np.array([[[0.0, 0, 2], [5, 5, 2]], [[50, 50, 2], [0, 0, 0]]])
+    second = np.array([[[2.0, 0, 2], [5, 8, 1]], [[50, 54, 2], [0, 0, 0]]])
+    third = np.full((2, 2, 3), 90.0) * [1, 1, 0]
+    expected = np.sqrt([((1 + 1) / 100 + (4 + 4) / 100) / 2, (2.25 + 2.25) / 100])
+    for annotations in ([first, second], [first, third, second], [third, second, first]):
+        estimate = estimate_sigmas([Annotator({"a": (boxes, points)}) for points in annotations])
+        assert estimate.sigmas == pytest.approx(expected)
+        assert estimate.num_objects.tolist() == [2, 1]
+
+
+def test_only_shared_images_with_objects_tell_whether_annotators_are_independent():
+    def annotator(**points):
+        return Annotator(
+            {name: (np.ones((len(p), 4)), np.array(p).reshape(len(p), 1, 3)) for name, p in points.items()}
+        )
+
+    one, empty = [[[1.0, 2, 2]]], np.zeros((0, 1, 3))
+    check_independent([annotator(a=one), annotator(b=one)], "AB")
+    check_independent([annotator(a=empty, b=one), annotator(a=empty)], "AB")
+    check_independent([annotator(a=one, b=one), annotator(a=[[[1.0, 3, 2]]], b=one)], "AB")
+    with pytest.raises(ValueError, match="A and B have the same keypoints to the last digit on 1 images"):
+        check_independent([annotator(a=one, b=one, c=empty), annotator(a=one, c=empty)], "AB")
 
 
 def test_unlabelled_points_and_strange_objects_are_left_out():
@@ -133,6 +167,28 @@ def test_the_curve_is_ap_at_scaled_sigmas(tmp_path, capsys):
     for factor in (0.25, 1.0, 4.0):
         expected = oracle(truth, results, "keypoints", np.full(5, 0.06) * factor).stats[0]
         assert rows[factor] == f"{expected:.4f}"
+
+
+def test_images_with_several_objects_and_without_any_are_read(tmp_path):
+    """The second annotator saw nothing where the first saw two objects, and one more elsewhere."""
+    boxes, points = [[0, 0, 10, 10], [20, 30, 60, 80]], [[[1, 2, 2], []], [[25, 35, 2], [30, 70, 1]]]
+    moved = [[[1, 4, 2], []], [[25, 35, 2], [33, 70, 1]]]
+    found = {"one": {"a": (boxes, points), "b": ([], []), "c": (boxes, points)},
+             "two": {"a": (boxes, moved), "b": (boxes, moved), "c": ([], [])}}  # fmt: skip
+    for folder, images in found.items():
+        (tmp_path / folder).mkdir()
+        for stem, (bboxes, keypoints) in images.items():
+            (tmp_path / folder / f"{stem}.json").write_text(json.dumps({"bboxes": bboxes, "keypoints": keypoints}))
+    one, two = (read_annotator(tmp_path / folder) for folder in found)
+    assert one.images["a"][0].tolist() == [[0, 0, 10, 10], [20, 30, 40, 50]]
+    assert one.images["a"][1].tolist() == [[[1, 2, 2], [0, 0, 0]], [[25, 35, 2], [30, 70, 1]]]
+    estimate = estimate_sigmas([one, two])
+    assert estimate.sigmas == pytest.approx(np.sqrt([2 / 100 / 2, 4.5 / 2000]))
+    assert estimate.num_objects.tolist() == [2, 1]
+    assert sigmas.run(["estimate", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    (tmp_path / "two" / "d.json").write_text(json.dumps({"bboxes": [], "keypoints": points}))
+    with pytest.raises(ValueError, match=r"d\.json: expected bboxes"):
+        read_annotator(tmp_path / "two")
 
 
 def test_jsons_of_an_annotator_are_read_to_any_depth_and_whatever_their_case(tmp_path):
