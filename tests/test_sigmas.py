@@ -191,6 +191,12 @@ def test_images_with_several_objects_and_without_any_are_read(tmp_path):
         read_annotator(tmp_path / "two")
 
 
+def test_jsons_of_boxes_alone_are_refused_for_what_they_lack(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"bboxes": [[0, 0, 10, 10]], "keypoints": []}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: no keypoints"):
+        read_annotator(tmp_path)
+
+
 def test_jsons_of_an_annotator_are_read_to_any_depth_and_whatever_their_case(tmp_path):
     text = json.dumps({"bboxes": [[0, 0, 10, 10]], "keypoints": [[[1, 2, 2]]]})
     (tmp_path / "day2").mkdir()
