@@ -203,6 +203,9 @@ def test_factors_of_one_change_nothing_and_the_order_is_that_of_earlier_checkpoi
     assert list(plain) == list(ones) and plain.to_plain() == ones.to_plain()
     digest = hashlib.sha256(plain.epoch_batches(7).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "c44d25a1f0b6cf81"
+    assert plain.to_plain()["shapes of the images"] == "b5e1ab330a639cac"
+    alone = GroupedBatchSampler(heights, widths, group_factor=3, batch_size=2, seed=5)
+    assert list(alone) == list(plain)  # without ranks: the only process
     (other,) = samplers(heights, widths, 1, repeats=np.full(101, 1.01))
     assert other.to_plain() != plain.to_plain()
 
