@@ -200,7 +200,7 @@ def pixels_for_oks(sigma: float, threshold: float, area: float) -> float:
 
 def format_card(sigmas: np.ndarray, names: tuple[str, ...], areas: np.ndarray) -> str:
     """Return a card: for each keypoint, how many pixels off it may be at the median object."""
-    area = float(np.median(areas)) if len(areas) else 0.0
+    area = float(np.median(areas))
     width = max([len(name) for name in names] + [8])
     heads = " ".join(f"{'OKS ' + format(t, 'g'):>9}" for t in CARD_THRESHOLDS)
     lines = [

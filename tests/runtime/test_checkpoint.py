@@ -91,10 +91,12 @@ def test_old_epochs_are_removed_with_their_hashes(tmp_path):
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [0, 1, 2, 3]), (1, [3]), (3, [1, 2, 3])])
 def test_so_many_epochs_are_kept_and_all_with_0(tmp_path, keep, left):
+    """Also where someone has removed the hash file of one."""
     folder = CheckpointFolder(tmp_path, keep)
     assert not folder.last_save_failed
     for epoch in range(4):
         assert folder.save(content(epoch + 1), epoch_done=epoch)
+        (tmp_path / "model_0.pth.sha256").unlink(missing_ok=True)
     assert sorted(tmp_path.glob("model_*.pth")) == [tmp_path / f"model_{epoch}.pth" for epoch in left]
 
 
@@ -343,9 +345,12 @@ def test_a_folder_has_one_writer(tmp_path):
 
 
 def test_the_lock_names_the_process_that_holds_it_alone(tmp_path):
-    (tmp_path / ".lock").write_text("99999999")
-    with lock_folder(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    folder = tmp_path / "not" / "there"
+    with lock_folder(folder):
+        assert (folder / ".lock").read_text() == str(os.getpid())
+    (folder / ".lock").write_text("99999999")
+    with lock_folder(folder):
+        assert (folder / ".lock").read_text() == str(os.getpid())
 
 
 def save_without_end(folder):
