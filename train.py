@@ -49,6 +49,7 @@ from models.architectures import ARCHITECTURES, ModelSpec
 from models.batched_step import use_batched_step
 from models.box_precision import keep_boxes_float32
 from models.folded_norm import fold_frozen_norms
+from models.narrow_maps import widen_narrow_maps
 from models.weights import build_start_model
 from optimization.optimizer import build_optimizer
 from optimization.precision import choose_amp
@@ -222,6 +223,8 @@ def start_model(
         use_channels_last(model)
     if args.amp:
         keep_boxes_float32(model)
+        if distributed.device.type == "cpu":
+            widen_narrow_maps(model)
     if args.use_deterministic_algorithms:
         cut_masks_by_kernel()
     # Trying out convolution algorithms pays where all batches have one shape, and costs where they do not.
