@@ -95,7 +95,7 @@ class Recipe:
         job = self.start("whole", self.processes, torchrun=STANDALONE)
         job.wait_for(lambda: len(job.steps()) >= 2, 900)
         memory = sum(peak_mb(pid) for pid in job.pids().values())
-        expect(job.end(900) == [0], job.log()[-3000:])
+        expect(job.end(900) == [0], last_words(job))
         steps = job.events("step")
         self.losses, self.result = {key_of(step): step["losses"] for step in steps}, result_of(job)
         expect(len({step["rank"] for step in steps}) == self.processes, "a process has trained nothing")
@@ -134,7 +134,7 @@ class Recipe:
 
     def score(self, name, processes, data):
         job = self.start(name, processes, "--test-only", "--resume", self.eager_checkpoint(), data=data)
-        expect(job.end(900) == [0] * processes, job.log()[-3000:])
+        expect(job.end(900) == [0] * processes, last_words(job))
         return last_scores(job.out)
 
     def a_killed_run_goes_on(self):
@@ -143,9 +143,9 @@ class Recipe:
         job.wait_for(lambda: newest(job).exists() and len(job.steps()) >= 2, 900)
         begun = time.monotonic()
         send(job.pids()[random.Random(self.model).randrange(self.processes)], signal.SIGKILL)
-        expect(job.end(90) == [1], f"the others did not end with 1 within 90 s:\n{job.log()[-3000:]}")
+        expect(job.end(90) == [1], f"the others did not end with 1 within 90 s:\n{last_words(job)}")
         ended = time.monotonic() - begun
-        expect(PEER_GONE in job.log() or "Signal 9" in job.log(), f"no word on why:\n{job.log()[-3000:]}")
+        expect(PEER_GONE in job.log() or "Signal 9" in job.log(), f"no word on why:\n{last_words(job)}")
         progress = load_checkpoint(newest(job))["progress"]
         rounds = progress["batches"] // self.processes
         before = [step for rank in range(self.processes)
@@ -154,7 +154,7 @@ class Recipe:
             name = f"on{processes}"
             shutil.copytree(job.out, self.folder / name)
             again = self.start(name, processes)
-            expect(again.end(900) == [0] * processes, f"on {processes}:\n{again.log()[-3000:]}")
+            expect(again.end(900) == [0] * processes, f"on {processes}:\n{last_words(again)}")
             self.check_continued(again, processes, before)
         return f"ended {ended:.0f} s after the kill; went on on {self.processes}, {self.processes // 2} and 3"
 
@@ -177,12 +177,17 @@ class Recipe:
     def few_pictures(self):
         """Fewer pictures than processes: a training is refused in one line each, scores are those of one process."""
         job = self.start("refused", self.processes, data=self.few)
-        expect(job.end(300) == [1] * self.processes, f"training on {FEW} pictures:\n{job.log()[-3000:]}")
+        expect(job.end(300) == [1] * self.processes, f"training on {FEW} pictures:\n{last_words(job)}")
         refused = len(re.findall(rf"error: {FEW} training image\(s\) for {self.processes} process\(es\)", job.log()))
-        expect(refused == self.processes and "Traceback" not in job.log(), job.log()[-3000:])
+        expect(refused == self.processes and "Traceback" not in job.log(), last_words(job))
         many, alone = self.score("few-many", self.processes, self.few), self.score("few-alone", 1, self.few)
         expect(many == alone, f"{FEW} pictures: {self.processes} processes score {many}, one {alone}")
         return f"training on {FEW} refused by all, scores alike"
+
+
+def last_words(job):
+    """Return the end of what the processes say, without the traceback that torchrun adds."""
+    return re.split(r"^E\d{4} ", job.log(), maxsplit=1, flags=re.M)[0][-3000:]
 
 
 def peak_mb(pid):
@@ -213,7 +218,7 @@ def main():
                     print(f"{model}: {what}: {result} ({seconds:.0f} s)", flush=True)
             except (Broken, OSError, ValueError, KeyError) as error:
                 broken += 1
-                print(f"{model}: BROKEN {error!r}", flush=True)
+                print(f"{model}: BROKEN {type(error).__name__}: {error}", flush=True)
     print(f"{len(args.models) - broken} of {len(args.models)} recipes keep their promises on {args.processes} processes; "
           f"{time.monotonic() - begun:.0f} s on {len(os.sched_getaffinity(0))} core(s)")  # fmt: skip
     return int(broken > 0)
