@@ -82,7 +82,7 @@ if __name__ == "__main__":
     evaluate_model.evaluate = noted("evaluation", evaluate_model.evaluate)
     train.load_data = noted("data", train.load_data)
     patience = float(os.environ.get("FAULT_PATIENCE", "20"))
-    utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=patience), 8
+    utils.COLLECTIVE_TIMEOUT, loaders.WORKER_TIMEOUT_SECONDS = datetime.timedelta(seconds=patience), 0.4 * patience
     machine.HANG_SECONDS = 1.5 * patience
     if "FAULT_PLAIN_GROUP" in os.environ:
         start_up.init_distributed = plain_group

@@ -3,6 +3,7 @@
     python -m tests.faults.matrix                                # everything, about an hour of two cores
     python -m tests.faults.matrix matrix --instants 1 --models ssdlite320_mobilenet_v3_large
     python -m tests.faults.matrix writes restarts                # SIGKILL inside a checkpoint write; restarts of torchrun
+    FAULT_PATIENCE=60 python -m tests.faults.matrix              # on a machine that is busy: waits of 60 s instead of 20
 
 A campaign is one run of two gloo processes that meets all faults in a random order, each at a random instant, and is
 continued with ``--resume auto`` after each. Every step that any of its processes computes must have the losses (by
