@@ -74,10 +74,15 @@ def plot_precision_recall(recall: np.ndarray, precision: np.ndarray, names: Sequ
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel=f"precision at {overlap} 0.50")
     axes.grid(color="#dddddd", linewidth=0.6)
     if len(known):
-        title, place = "AP50", "best"
-        if len(known) > MAX_NAMED_CLASSES:  # to look for the best place among all lines takes longer than to draw them
-            title, place = "AP50, five lowest", "lower left" if average.mean() > 0.5 else "upper right"
-        axes.legend(title=title, fontsize=8, title_fontsize=8, loc=place, framealpha=0.85)
+        has_many = len(known) > MAX_NAMED_CLASSES
+        axes.legend(
+            title="AP50, five lowest" if has_many else "AP50",
+            fontsize=8,
+            title_fontsize=8,
+            # To look for the best place among many lines takes longer than to draw them.
+            loc="best" if not has_many else "lower left" if average.mean() > 0.5 else "upper right",
+            framealpha=0.85,
+        )
     return _to_png(figure)
 
 
