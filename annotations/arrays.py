@@ -220,7 +220,7 @@ def cached_annotations(
     else lost.
 
     Args:
-        source: The annotation file.
+        source: The annotation file, or the folder of ``files``.
         build: Reads ``source``.
         cache_dir: Where cache files lie; by default `default_cache_dir`.
         options: Whatever else the result depends on.
@@ -289,7 +289,9 @@ def _write_stamp(path: Path, stamp: dict[str, Any]) -> None:
 
 
 def _stamp(source: Path, with_hash: bool) -> dict[str, Any]:
-    """Return what identifies the content of ``source``."""
+    """Return what identifies the content of ``source``; of a folder nothing, its files are named one by one."""
+    if source.is_dir():
+        return {"size": 0, "mtime_ns": 0}
     status = source.stat()
     stamp: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if with_hash:

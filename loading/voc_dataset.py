@@ -4,12 +4,16 @@
     VOC2012/Annotations/a.xml
     VOC2012/ImageSets/Main/train.txt, val.txt       the stems of each split; else trainval.txt and test.txt
 
+Or, as annotation tools write it, pictures and xmls beside each other, or in ``images`` and ``annotations``; those of
+each split below ``train`` and ``valid``, ``val`` or ``test``, and without such folders all of them to be trained on.
+
 Boxes are xmin, ymin, xmax, ymax in pixels that count from 1, both ends inside: the box of the first pixel alone is
 1, 1, 1, 1. An object with ``difficult`` 1 becomes a region to ignore, as COCO's ``iscrowd`` says.
 """
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
@@ -40,6 +44,32 @@ MAX_XML_BYTES = 32 << 20
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
+# Folders of pictures and of their xmls below that of a dataset or split: VOC's own, and those of annotation tools.
+_FOLDERS = (("JPEGImages", "Annotations"), ("images", "annotations"), (".", "."))
+
+# Folders of the splits, where no lists say which pictures are theirs.
+_SPLITS = {"train": ("train",), "val": ("valid", "val", "test")}
+
+
+@dataclass(frozen=True)
+class VocFiles:
+    """Where a split lies.
+
+    Attributes:
+        pictures: Folder of the pictures.
+        xmls: Folder of the xmls; may be the same.
+        listing: The file with the stems of the split; None where the folders have no others.
+    """
+
+    pictures: Path
+    xmls: Path
+    listing: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """What says which pictures belong to the split."""
+        return self.listing or self.xmls
+
 
 def load_voc_split(
     root: Path,
@@ -53,7 +83,7 @@ def load_voc_split(
     """Read the split ``train`` or ``val`` of a folder such as ``VOCdevkit/VOC2012``, through the annotation cache.
 
     Args:
-        root: Holds ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
+        root: Holds ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``, or what `find_files` looks for.
         role: ``train`` or ``val``.
         on_bad_data: ``error`` or ``skip``.
         uses: What is learnt beside boxes: nothing.
@@ -64,28 +94,63 @@ def load_voc_split(
         FileNotFoundError: A folder or list is missing.
         BadDataError: What is wrong with the data, all findings at once.
     """
-    listing, findings = find_list(root, role), Findings(on_bad_data)
-    pairs = _find_pairs(root, listing, findings)
+    files, findings = find_files(root, role), Findings(on_bad_data)
+    pairs = _find_pairs(files, findings)
     found = list(findings.found)
 
     def read() -> Annotations:
-        return read_voc(root, listing, pairs, findings, uses=uses, classes=classes)
+        return read_voc(files, pairs, findings, uses=uses, classes=classes)
 
     if any(finding.is_error for finding in found):
         read()  # raises them, and what is wrong with xmls
     findings.found.clear()
     paths = [str(path) for _, picture, xml in pairs for path in (picture, xml)]
     options = f"voc {role} {on_bad_data} {' '.join(uses)} {list(classes)}"
-    annotations = cached_annotations(listing, read, cache_dir, options, paths)
-    images = ImageFolder(root / "JPEGImages")
+    annotations = cached_annotations(files.place, read, cache_dir, options, paths)
+    images = ImageFolder(files.pictures)
     return checked_split(
-        str(listing), annotations, images, Skeleton(), Findings(on_bad_data, found), cache_dir=cache_dir
+        str(files.place), annotations, images, Skeleton(), Findings(on_bad_data, found), cache_dir=cache_dir
     )
 
 
 def voc_pictures(root: Path, role: str) -> list[Path]:
     """Return the pictures of a split, sorted, without reading xmls; raises as `load_voc_split` does."""
-    return [picture for _, picture, _ in _find_pairs(root, find_list(root, role), Findings("skip"))]
+    return [picture for _, picture, _ in _find_pairs(find_files(root, role), Findings("skip"))]
+
+
+def find_files(root: Path, role: str) -> VocFiles:
+    """Return where the pictures and xmls of ``train`` or ``val`` are: as lists say, in folders, or all of them.
+
+    Raises:
+        FileNotFoundError: ``root`` is no such dataset.
+        NoSplitError: It has nothing for the role.
+    """
+    lists = root / "ImageSets" / "Main"
+    if not lists.is_dir():
+        below = {name: _paired_folders(root / name) for names in _SPLITS.values() for name in names}
+        for name in _SPLITS[role]:
+            if (folders := below[name]) is not None:
+                return VocFiles(*folders)
+        whole = _paired_folders(root)
+        if role == "train" and whole is not None and not any(below.values()):
+            return VocFiles(*whole)
+        if whole is not None or any(below.values()):
+            names = ", ".join(map(str, (root / name for name in _SPLITS[role])))
+            raise NoSplitError(f"no {role} pictures: neither {lists} nor a folder with xmls exists ({names})")
+    return VocFiles(root / "JPEGImages", root / "Annotations", find_list(root, role))
+
+
+def _paired_folders(folder: Path) -> tuple[Path, Path] | None:
+    """Return the folders of pictures and xmls of a dataset or split, None where there are no xmls."""
+    for pictures, xmls in _FOLDERS:
+        where = folder / pictures, folder / xmls
+        if all(path.is_dir() for path in where) and any(_is_xml(path.name) for path in where[1].iterdir()):
+            return where
+    return None
+
+
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml")
 
 
 def find_list(root: Path, role: str) -> Path:
@@ -96,10 +161,6 @@ def find_list(root: Path, role: str) -> Path:
         NoSplitError: It has no list for the role.
     """
     folder = root / "ImageSets" / "Main"
-    if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir() and not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: {why_no_folder(folder)}; write train.txt and val.txt there, the stem of a picture in each line"
-        )
     for needed in (root / "Annotations", root / "JPEGImages"):
         if not needed.is_dir():
             below = sorted(path.parent.name for path in root.glob("*/JPEGImages"))
@@ -118,44 +179,60 @@ def find_list(root: Path, role: str) -> Path:
     raise NoSplitError(f"no list of {role} pictures: neither {tried} exists; write one, a picture's stem a line")
 
 
-def _find_pairs(root: Path, listing: Path, findings: Findings) -> list[tuple[str, Path, Path]]:
-    """Return (stem, picture, xml) of every picture of a list, sorted by stem."""
-    pictures, xmls = root / "JPEGImages", root / "Annotations"
-    picture_of = files_by_stem(pictures, is_picture_name, "not an image by its name", findings)
-    xml_of = files_by_stem(xmls, lambda name: name.lower().endswith(".xml"), "not an xml by its name", findings)
+def _find_pairs(files: VocFiles, findings: Findings) -> list[tuple[str, Path, Path]]:
+    """Return (stem, picture, xml) of every picture of a split, sorted by stem."""
+    pictures, xmls = files.pictures, files.xmls
+    is_together = pictures == xmls
+    picture_of = files_by_stem(
+        pictures, is_picture_name, "not an image by its name", findings, lambda name: is_together and _is_xml(name)
+    )
+    xml_of = files_by_stem(xmls, _is_xml, "not an xml by its name", findings, lambda name: is_together)
+    if files.listing is None:
+        wanted = [(stem, "") for stem in sorted({*picture_of, *xml_of})]
+    else:
+        wanted = _listed_stems(files.listing, findings)
+    pairs: dict[str, tuple[str, Path, Path]] = {}
+    alone: list[Alone] = []
+    similar_picture, similar_xml = SimilarStems(picture_of, picture_of, pictures), SimilarStems(xml_of, xml_of, xmls)
+    of_line = " or remove the line" if files.listing is not None else ""
+    for stem, place in wanted:
+        if stem not in picture_of:
+            problem = f"no picture {pictures / stem}.*{similar_picture.of(stem)}"
+            remedy = f"add it{of_line} (a line is a picture's stem)" if of_line else "add it or remove the xml"
+            alone.append((place or str(xmls / xml_of[stem]), problem, remedy))
+        elif stem not in xml_of:
+            problem = f"no annotation {xmls / stem}.xml{similar_xml.of(stem)}"
+            remedy = f"add it (without objects for a picture without any){of_line or ' or remove the picture'}"
+            alone.append((place or str(pictures / picture_of[stem]), problem, remedy))
+        else:
+            pairs[stem] = stem, pictures / picture_of[stem], xmls / xml_of[stem]
+    missing_partners(findings, files.place, alone, len(alone) + len(pairs))
+    if not pairs:
+        if not any(finding.is_error for finding in findings.found):
+            findings.error("list", str(files.place), "no pictures are listed", "write one stem a line")
+        findings.raise_errors()
+    return [pairs[stem] for stem in sorted(pairs)]
+
+
+def _listed_stems(listing: Path, findings: Findings) -> list[tuple[str, str]]:
+    """Return (stem, file and line) of each picture of a list, once."""
     try:
         lines = read_text(listing).splitlines()
     except UnicodeDecodeError as error:
         findings.error("list", str(listing), f"not UTF-8 text (byte {error.start})", "save the file as UTF-8")
         findings.raise_errors()
-    pairs: dict[str, tuple[str, Path, Path]] = {}
-    alone: list[Alone] = []
-    similar_picture, similar_xml = SimilarStems(picture_of, picture_of, pictures), SimilarStems(xml_of, xml_of, xmls)
+    found: dict[str, str] = {}
     for n, line in enumerate(lines):
         stem, place = spelling(line.strip()), f"{listing}: line {n + 1}"
-        if not stem:
-            continue
-        if stem in pairs:
+        if stem in found:
             findings.warn("list", place, f"{stem} is listed before", "it is used once")
-        elif stem not in picture_of:
-            problem = f"no picture {pictures / stem}.*{similar_picture.of(stem)}"
-            alone.append((place, problem, "add it or remove the line (a line is a picture's stem)"))
-        elif stem not in xml_of:
-            problem = f"no annotation {xmls / stem}.xml{similar_xml.of(stem)}"
-            alone.append((place, problem, "add it (without objects for a picture without any) or remove the line"))
-        else:
-            pairs[stem] = stem, pictures / picture_of[stem], xmls / xml_of[stem]
-    missing_partners(findings, listing, alone, len(alone) + len(pairs))
-    if not pairs:
-        if not any(finding.is_error for finding in findings.found):
-            findings.error("list", str(listing), "no pictures are listed", "write one stem a line")
-        findings.raise_errors()
-    return [pairs[stem] for stem in sorted(pairs)]
+        elif stem:
+            found[stem] = place
+    return list(found.items())
 
 
 def read_voc(
-    root: Path,
-    listing: Path,
+    files: VocFiles,
     pairs: Sequence[tuple[str, Path, Path]],
     findings: Findings,
     *,
@@ -173,7 +250,7 @@ def read_voc(
     names: list[str] = []
     notes = Notes()
     for position, (_, picture, xml) in enumerate(pairs):
-        name = picture.relative_to(root / "JPEGImages").as_posix()
+        name = picture.relative_to(files.pictures).as_posix()
         images.append({"id": position + 1, "file_name": name, "height": 1, "width": 1})
         try:
             tree = read_xml(xml)
@@ -202,10 +279,10 @@ def read_voc(
     for record, name in zip(objects, names):
         record["category_id"] = number_of.get(name, 1)
     if not known:
-        findings.error("object", str(listing), "no objects in any of its xmls", "annotate some pictures")
+        findings.error("object", str(files.place), "no objects in any of its xmls", "annotate some pictures")
         findings.raise_errors()
     rules = Rules(
-        str(listing),
+        str(files.place),
         image_place=lambda i: str(pairs[i][1]),
         object_place=lambda n: places[n],
         box_format="xmin, ymin, xmax, ymax",

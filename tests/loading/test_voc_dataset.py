@@ -125,11 +125,68 @@ def test_a_missing_list_or_folder_says_what_is_expected(tmp_path):
         load_voc_split(tmp_path / "VOCdevkit", "train")
 
 
-def test_without_lists_it_says_how_to_write_them(tmp_path):
-    root = draw_voc(tmp_path)
+def moved(root, layout):
+    """Bring what `draw_voc` has written into a layout of annotation tools, where a and b are to be trained on."""
     shutil.rmtree(root / "ImageSets")
-    with pytest.raises(FileNotFoundError, match=r"ImageSets/Main: no such folder; write train\.txt and val\.txt there"):
+    for path in [*(root / "JPEGImages").iterdir(), *(root / "Annotations").iterdir()]:
+        folder = root / layout.format(
+            split="train" if path.stem in "ab" else "valid", kind="images" if path.suffix == ".jpg" else "annotations"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    (root / "JPEGImages").rmdir()
+    (root / "Annotations").rmdir()
+
+
+@pytest.mark.parametrize("layout", ["{split}", "{split}/{kind}"])
+def test_splits_are_folders_where_there_are_no_lists(tmp_path, layout):
+    lists = load(draw_voc(tmp_path / "lists"))
+    moved(draw_voc(tmp_path / "folders"), layout)
+    data = load(tmp_path / "folders")
+    for found, expected in ((data.train, lists.train), (data.val, lists.val)):
+        assert [found.annotations.file_name(i) for i in (0, 1)] == [expected.annotations.file_name(i) for i in (0, 1)]
+        assert (found.annotations.boxes_xywh == expected.annotations.boxes_xywh).all()
+        assert found.annotations.categories == expected.annotations.categories
+    assert abs(int(data.val.images.read(data.val.annotations, 1)[0, 0, 0]) - 150) < 5
+
+
+@pytest.mark.parametrize("layout", ["", "{kind}", "JPEGImages"])
+def test_without_splits_all_pictures_are_to_be_trained_on_or_held_out(tmp_path, layout):
+    root = draw_voc(tmp_path / "data")
+    if layout == "JPEGImages":
+        shutil.rmtree(root / "ImageSets")
+    else:
+        moved(root, layout)
+    data = load(root, val_fraction=0.5, seed=1)
+    assert len(data.train.indices) + len(data.val.indices) == 4 and len(data.train.annotations) == 4
+    with pytest.raises(
+        FileNotFoundError, match=r"no val pictures: neither .*ImageSets/Main .*; or give --val-fraction"
+    ):
         load(root)
+
+
+def test_a_file_without_its_partner_is_named_where_there_are_no_lists(tmp_path):
+    root = draw_voc(tmp_path / "data")
+    moved(root, "{split}")
+    (root / "train/a.xml").unlink()
+    (root / "valid/c.jpg").unlink()
+    for role, text in (
+        ("train", r"a\.jpg: no annotation .*a\.xml; add it \(without objects .*\) or remove the picture"),
+        ("val", r"c\.xml: no picture .*c\.\*; add it or remove the xml"),
+    ):
+        with pytest.raises(BadDataError, match=text):
+            load_voc_split(root, role, cache_dir=tmp_path / "cache")
+        split = load_voc_split(root, role, cache_dir=tmp_path / "cache", on_bad_data="skip")
+        assert len(split.indices) == 1
+
+
+def test_a_folder_that_was_read_before_is_read_again_when_an_xml_has_changed(tmp_path):
+    root = draw_voc(tmp_path / "data")
+    moved(root, "{split}")
+    assert load(root).train.annotations.num_objects == load(root).train.annotations.num_objects == 4
+    assert load(root).train.annotations.cache_file is not None
+    (root / "train/a.xml").write_text(xml(("dog", (1, 1, 9, 9), 0)))
+    assert load(root).train.annotations.num_objects == 3
 
 
 def test_a_size_that_is_missing_is_the_pictures_own(tmp_path, caplog):
