@@ -163,3 +163,4 @@ def test_what_is_wrong_with_run_lengths_is_said():
     problems = check_run_lengths([b"o", b"", b"\x01", b"5"], np.array([5, 5, 5, 6]))
     assert "end within a number" in problems[0] and "add up to the picture's 6" in problems[3]
     assert problems[1] == problems[2] and "not COCO's compressed string" in problems[1]
+    assert check_run_lengths([b"", b""], np.array([5, 5])) == [problems[1]] * 2  # nothing to read at all
