@@ -56,7 +56,11 @@ def test_pairs_that_names_imply_and_a_map_leaves_out_are_found():
     assert ignored_pairs(["head", "tail"], []) == ignored_pairs([], []) == []
 
 
-@pytest.mark.parametrize("pairs", [[(0, 3)], [(0, 0)], [(-1, 1)], [(0, 1), (1, 2)]])
+def test_a_pair_may_name_its_points_in_any_order():
+    assert flip_order([(1, 0)], 3).tolist() == flip_order([(0, 1)], 3).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("pairs", [[(0, 3)], [(3, 0)], [(0, -1)], [(0, 0)], [(-1, 1)], [(0, 1), (1, 2)]])
 def test_maps_that_are_not_their_own_inverse_are_refused(pairs):
     with pytest.raises(ValueError, match="flip pair"):
         flip_order(pairs, 3)
@@ -78,6 +82,18 @@ def test_a_right_map_is_accepted_and_wrong_ones_are_refused():
     for wrong in ([(0, 3)], [(0, 1), (2, 3)], [(0, 2)]):
         with pytest.raises(ValueError, match="flip_pairs look wrong"):
             check_flip_order(flip_order(wrong, 4), keypoints, boxes)
+
+
+def test_distances_of_a_wrong_map_are_in_units_of_the_box_and_ten_objects_prove_it():
+    """Nose and left exchanged: each is 0.3 and 0.4 boxes off; left alone, the nose fits and left is 0.6 boxes off."""
+    boxes = np.tile([7.0, 5, 20, 100], (10, 1))
+    layout = np.array([[0.5, 0.1], [0.8, 0.5], [0.2, 0.5], [0.5, 0.9]])
+    points = boxes[:, None, :2] + layout * boxes[:, None, 2:]
+    keypoints = np.concatenate([points, np.full((10, 4, 1), 2.0)], axis=2)
+    wrong = flip_order([(0, 1)], 4)
+    check_flip_order(wrong, keypoints[:9], boxes[:9])
+    with pytest.raises(ValueError, match=r"on 10 labelled objects .* \(squared distance 0\.2500 against 0\.1800, in"):
+        check_flip_order(wrong, keypoints, boxes)
 
 
 def test_a_map_that_leaves_sided_points_in_place_is_refused_like_any_other():

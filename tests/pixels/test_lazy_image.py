@@ -378,6 +378,12 @@ def test_a_crop_beside_the_picture_is_the_fill_colour_without_objects(window, fa
     assert image.is_kept.tolist() == [False]
 
 
+def test_a_crop_over_all_edges_is_black_there_as_torchvisions():
+    image = tvf.crop(LazyImage.of(photo()), -3, -5, 110, 140)
+    expected = tvf.crop(chw(photo()), -3, -5, 110, 140)
+    assert (render(image, image.shown.place()) == expected.permute(1, 2, 0).numpy()).all()
+
+
 @pytest.mark.parametrize("window", [(0, 0, 1, 2), (767, 1022, 1, 2), (402, 301, 2, 2), (407, 303, 1, 1)])
 def test_a_crop_of_less_than_a_pixel_shows_the_pixel_it_lies_in(window):
     image = tvf.crop(tvf.resize(LazyImage.of(photo()), [768, 1024]), *window)

@@ -65,9 +65,11 @@ def test_nothing_inside_the_image_gives_an_empty_mask(polygons):
 
 def test_rle_blocks_equal_pycocotools():
     rng = np.random.default_rng(1)
-    for density in (0.0, 0.01, 0.5, 1.0):
+    for density, rows, columns in (
+        (0.0, 30, 40), (0.01, 30, 40), (0.5, 30, 40), (1.0, 30, 40), (0.5, 1, 40), (0.5, 30, 1), (1.0, 1, 1)
+    ):  # fmt: skip
         mask = np.zeros((37, 51), dtype=np.uint8, order="F")
-        mask[3:-4, 5:-6] = rng.random((30, 40)) < density
+        mask[3 : 3 + rows, 5 : 5 + columns] = rng.random((rows, columns)) < density
         counts = mask_util.encode(mask)["counts"]
         block = block_from_rle(counts, 37, 51)
         assert (paste_blocks([block], 37, 51)[0] == mask).all()
