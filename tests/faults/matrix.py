@@ -496,9 +496,11 @@ def main():
         return 0
     begun, bad = time.time(), 0
     if "matrix" in args.parts:
-        outcomes = run_matrix(args.models, args.instants, args.seed, args.only)
-        if args.json:
-            Path(args.json).write_text(json.dumps([vars(o) for o in outcomes]))
+        outcomes = []
+        for model in args.models:
+            outcomes += run_matrix([model], args.instants, args.seed, args.only)
+            if args.json:  # what comes later may be cut off
+                Path(args.json).write_text(json.dumps([vars(o) for o in outcomes]))
         print_matrix(outcomes)
         bad += sum(bool(o.problems) for o in outcomes)
     if "writes" in args.parts:
