@@ -102,6 +102,18 @@ def test_across_classes_an_object_is_a_better_partner_than_a_crowd():
     assert partners([[0.2, 0.1]], [0.9], [True, False]) == [NO_PARTNER]
 
 
+def test_64_pairs_of_threshold_and_area_fill_the_bits_and_more_are_refused():
+    params = build_params("bbox")
+    params.iouThrs = np.linspace(0.5, 0.95, 16)
+    areas = np.array([0.0, 100, 1024, 1025, 9216, 9217, 1e11])
+    outside = [[not low <= area <= high for low, high in params.areaRng] for area in areas]
+    expected = [sum((2**16 - 1) << (16 * a) for a in range(4) if of_area[a]) for of_area in outside]
+    assert Grid.of(params).area_bits(areas).tolist() == expected and max(expected) >= 2**63
+    params.iouThrs = np.linspace(0.5, 0.95, 17)
+    with pytest.raises(ValueError, match="17 thresholds times 4 area ranges are more than 64"):
+        Grid.of(params)
+
+
 def test_thresholds_that_do_not_ascend_are_refused():
     params = build_params("bbox")
     params.iouThrs = np.array([0.5, 0.7, 0.6, 0.9])
