@@ -75,6 +75,7 @@ def test_iou_of_masks_is_that_of_pycocotools_and_minus_one_where_it_does_not_mat
     assert set(ours[~reachable].tolist()) == {-1.0} and iou[1, 0] == -1
     of_interest = mask_iou(found, found, same, crowd, 0.5)
     assert (of_interest[same & (expected >= 0.5)] == iou[same & (expected >= 0.5)]).all()
+    assert (of_interest[same & (expected < 0.5)] == -1).all()  # the bound of two rectangles is their IoU
 
 
 @pytest.mark.parametrize("build", [BlockMasks, lambda none: RleMasks(none, (5, 5))], ids=["blocks", "run lengths"])
