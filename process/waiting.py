@@ -123,7 +123,7 @@ def wait_until(
     begun = time.monotonic()
     next_word = silent
     advice = f": {advice}" if advice else ""
-    while not is_done(POLL_SECONDS):
+    while not _is_done_or_stopped(is_done, what):
         now = time.monotonic()
         if _WISH.signal_name is not None and now - max(_WISH.since, begun) > GRACE_SECONDS:
             raise Stopped(_WISH.signal_name, f" while waiting for {what}")
@@ -133,6 +133,16 @@ def wait_until(
             left = f"gives up in {_in_words(limit - (now - begun))}"
             logger.warning("waiting for %s (%s)%s", what, left, advice)
             next_word = max(60.0, 2 * (now - begun))
+
+
+def _is_done_or_stopped(is_done: Callable[[float], bool], what: str) -> bool:
+    """Return whether a wait is over. One that fails after a signal was ended by it: the others had left for it too."""
+    try:
+        return is_done(POLL_SECONDS)
+    except Exception as error:
+        if _WISH.signal_name is None:
+            raise
+        raise Stopped(_WISH.signal_name, f" while waiting for {what}") from error
 
 
 def wait_for(

@@ -12,12 +12,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torchvision.models._api import Weights, WeightsEnum
 
 from annotations import arrays
 from annotations.arrays import cached_annotations
 from coco_utils import read_coco
 from helpers.drawn import ROOT
+from helpers.forked import server_context
 from helpers.ranks import run_on_ranks
 from helpers.runs import run
 from models import weights
@@ -69,6 +71,47 @@ def test_a_wait_hears_a_signal_that_is_only_noted():
         wait_until(never, "the moon", limit=20)
     assert GRACE_SECONDS <= time.monotonic() - begun < 15
     wait_until(lambda seconds: time.monotonic() - begun > GRACE_SECONDS, "the moon", limit=20)
+
+
+def fail(seconds):
+    raise RuntimeError("connection closed by peer")
+
+
+def test_a_wait_that_fails_after_a_signal_was_ended_by_the_signal():
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        wait_until(fail, "the moon", limit=20)
+    note_signal("SIGTERM")
+    with pytest.raises(Stopped, match="stopped by SIGTERM while waiting for the moon"):
+        wait_until(fail, "the moon", limit=20)
+
+
+def meet_after_signal(rank, path, queue):
+    """Two processes get a signal: one waits for the other, which is busy and comes when the first has left."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    dist.barrier()
+    note_signal("SIGTERM")
+    if rank == 0:
+        time.sleep(3 * GRACE_SECONDS)
+    try:
+        meet("are slow")
+    except BaseException as error:
+        queue.put((rank, type(error).__name__, str(error)))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def test_a_signal_to_all_processes_is_not_taken_for_the_loss_of_those_that_left_first(tmp_path):
+    context = server_context()
+    queue = context.Queue()
+    processes = [context.Process(target=meet_after_signal, args=(r, tmp_path / "store", queue)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    answers = sorted(queue.get(timeout=60) for _ in processes)
+    expected = "stopped by SIGTERM while waiting for the other processes, which are slow"
+    assert answers == [(0, "Stopped", expected), (1, "Stopped", expected)]
+    for process in processes:
+        process.join()
 
 
 def test_code_that_hears_no_signal_is_waited_for_in_the_open():
