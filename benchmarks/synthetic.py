@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from annotations.arrays import Annotations, join_bytes
 from models.object_block import BatchTargets, objects_of
 
 CATEGORIES = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(80)]
@@ -49,6 +50,44 @@ def _outline(rng, vertices, height, width):
     centre = rng.uniform((30, 30), (width - 30, height - 30))
     points = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return points.clip((0, 0), (width, height))
+
+
+def draw_annotations(images, objects, classes, keypoints=0, height=480, width=640, vertices=0):
+    """Return `Annotations` with ``objects`` in each picture, and a polygon for each where there are ``vertices``."""
+    rng, total = np.random.default_rng(0), images * objects
+    boxes = np.concatenate(
+        [rng.uniform(0, (width - 130, height - 130), (total, 2)), rng.uniform(5, 120, (total, 2))], 1
+    )
+    boxes = boxes.round(2)
+    corners, sides = boxes[:, None, :2], boxes[:, None, 2:]
+    points = np.zeros((total, keypoints, 3))
+    points[..., :2] = (corners + rng.random((total, keypoints, 2)) * sides).round(1)
+    points[..., 2] = 2
+    angles = np.linspace(0, 2 * np.pi, vertices, endpoint=False)[:, None]
+    outlines = corners + sides / 2 * (1 + np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    names, starts = join_bytes([b"%09d.jpg" % i for i in range(images)])
+    polygons = np.arange(total + 1) if vertices else np.zeros(total + 1, dtype=np.int64)
+    return Annotations(
+        image_ids=np.arange(1, images + 1),
+        heights=np.full(images, height, dtype=np.int32),
+        widths=np.full(images, width, dtype=np.int32),
+        name_bytes=names,
+        name_starts=starts,
+        object_starts=np.arange(images + 1) * objects,
+        boxes_xywh=boxes,
+        category_ids=np.arange(total) % classes + 1,
+        areas=boxes[:, 2] * boxes[:, 3],
+        is_crowd=np.zeros(total, dtype=bool),
+        keypoints=points,
+        polygon_points=outlines.reshape(-1),
+        polygon_starts=np.arange(polygons[-1] + 1) * 2 * vertices,
+        object_polygons=polygons,
+        rle_bytes=np.zeros(0, dtype=np.uint8),
+        rle_starts=np.zeros(total + 1, dtype=np.int64),
+        categories=tuple((k + 1, f"class {k + 1}") for k in range(classes)),
+        keypoint_names=tuple(f"point {k + 1}" for k in range(keypoints)),
+        has_segmentations=vertices > 0,
+    )
 
 
 def draw_batch(task, images, size, objects=7, num_classes=91, num_keypoints=17, seed=0):
