@@ -111,14 +111,15 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
     if len(annotators) < 2:
         raise ValueError("sigmas are estimated from two annotators or more")
     counts = {points.shape[1] for a in annotators for _, points in a.images.values() if len(points)}
-    if len(counts) != 1:
+    if len(counts) > 1:
         raise ValueError(f"the annotators have different numbers of keypoints: {sorted(counts)}")
     with_objects = [stem for stem, (boxes, _) in annotators[0].images.items() if len(boxes)]
-    spreads = np.concatenate([_spreads_of_image(annotators, stem, area_factor) for stem in with_objects])
-    if not len(spreads):
+    of_images = [_spreads_of_image(annotators, stem, area_factor) for stem in with_objects]
+    if not any(map(len, of_images)):
         raise ValueError(
             "no object was annotated by two annotators (boxes of IoU 0.5 or more in images of the same name)"
         )
+    spreads = np.concatenate(of_images)
     num_objects = np.isfinite(spreads).sum(axis=0)
     rng = seeded_numpy_rng(seed, "sigmas")
     draws = rng.integers(0, len(spreads), (BOOTSTRAPS, len(spreads)))

@@ -95,8 +95,10 @@ def test_what_cannot_be_estimated_is_refused():
     with pytest.raises(ValueError, match="different numbers of keypoints"):
         estimate_sigmas([first, Annotator({"0": (np.zeros((1, 4)), np.zeros((1, 2, 3)))})])
     moved = Annotator({k: (b + 5000, p) for k, (b, p) in second.images.items()})
-    with pytest.raises(ValueError, match="no object was annotated by two"):
-        estimate_sigmas([first, moved])
+    nothing = Annotator({k: (b[:0], p[:0]) for k, (b, p) in second.images.items()})
+    for pair in ([first, moved], [nothing, first], [first, nothing], [nothing, nothing]):
+        with pytest.raises(ValueError, match="no object was annotated by two"):
+            estimate_sigmas(pair)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.75, 0.95])
