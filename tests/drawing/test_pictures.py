@@ -71,7 +71,8 @@ def test_captions_stand_above_their_box_and_not_on_each_other():
 def test_a_caption_that_could_only_stand_on_others_is_left_out():
     def drawn(number):
         boxes = np.full((number, 4), [40.0, 60, 120, 150])
-        return draw_objects(blank(), Drawn(boxes, ["one"] * number, np.zeros(number, dtype=int)))
+        captions = [f"{n + 10}" for n in range(number)]
+        return draw_objects(blank(), Drawn(boxes, captions, np.zeros(number, dtype=int)))
 
     assert not torch.equal(drawn(2), drawn(1))  # beside the first, above, below or inside
     assert torch.equal(drawn(50), drawn(8)) and not torch.equal(drawn(8), drawn(2))
