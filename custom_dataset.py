@@ -86,20 +86,7 @@ def read_dataset_info(
     """
     path = root / "dataset.json"
     collected, findings = findings, findings or Findings()
-    if not path.is_file():
-        others = [p for p in sorted(root.glob("*")) if p.name.casefold() == path.name] if root.is_dir() else []
-        for other in others:
-            findings.error("dataset.json", str(other), f"expected the name {path.name}", "rename the file")
-        if collected is None:
-            findings.raise_errors()
-        return DatasetInfo(path=path)
-    content = read_json(path)
-    if not isinstance(content, dict):
-        findings.error("dataset.json", str(path), f"expected an object, got {short(content)}", "see docs/own_data.md")
-        findings.raise_errors()
-    known = {"classes", "keypoint_names", "flip_pairs", "skeleton", "oks_sigmas"}
-    for key in sorted(set(content) - known):
-        findings.error("dataset.json", str(path), f"unknown entry {key!r}", f"expected {', '.join(sorted(known))}")
+    content = _read_info_json(path, findings)
 
     def wrong(key: str, problem: str, remedy: str) -> None:
         is_needed = key == "classes" or (key != "skeleton" and "keypoints" in uses)
@@ -148,6 +135,29 @@ def read_dataset_info(
     if collected is None:
         findings.raise_errors()
     return DatasetInfo(classes, skeleton, path)
+
+
+def _read_info_json(path: Path, findings: Findings) -> dict[str, Any]:
+    """Return the entries of ``dataset.json``, none without such a file; reports files and entries of other names.
+
+    Raises:
+        BadDataError: The file is no json, or no object.
+    """
+    if not path.is_file():
+        others = (
+            [p for p in sorted(path.parent.glob("*")) if p.name.casefold() == path.name] if path.parent.is_dir() else []
+        )
+        for other in others:
+            findings.error("dataset.json", str(other), f"expected the name {path.name}", "rename the file")
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        findings.error("dataset.json", str(path), f"expected an object, got {short(content)}", "see docs/own_data.md")
+        findings.raise_errors()
+    known = {"classes", "keypoint_names", "flip_pairs", "skeleton", "oks_sigmas"}
+    for key in sorted(set(content) - known):
+        findings.error("dataset.json", str(path), f"unknown entry {key!r}", f"expected {', '.join(sorted(known))}")
+    return content
 
 
 def _check_names_against_pairs(skeleton: Skeleton, path: Path, findings: Findings) -> None:

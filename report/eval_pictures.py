@@ -49,11 +49,7 @@ def draw_examples(
     Returns:
         What was drawn, worst first, then best first.
     """
-    ranked, annotations = images.ranked(), evaluator.annotations
-    number = min(NUM_PICTURES, -(-len(ranked) // 2))
-    chosen = [("worst", n) for n in ranked[:number].tolist() if images.f1[n] < 1]
-    shown = {n for _, n in chosen}
-    chosen += [("best", n) for n in ranked[::-1][:number].tolist() if images.f1[n] > 0 and n not in shown]
+    annotations, chosen = evaluator.annotations, _choose_images(images)
     ids = [annotations.own_id(int(annotations.image_ids[images.positions[n]])) for _, n in chosen]
     records = {t: read_results_of_images(predictions_dir / f"predictions_{t}.json", ids) for t in evaluator.iou_types}
     examples: list[Example] = []
@@ -101,6 +97,15 @@ def draw_examples(
         examples.append(example)
     write_viewer(folder, annotations, split.skeleton, score_threshold, pictures)
     return examples
+
+
+def _choose_images(images: ImageScores) -> list[tuple[str, int]]:
+    """Return ("worst" or "best", position in ``images``) of what is drawn, an image once."""
+    ranked = images.ranked()
+    number = min(NUM_PICTURES, -(-len(ranked) // 2))
+    worst = [n for n in ranked[:number].tolist() if images.f1[n] < 1]
+    best = [n for n in ranked[::-1][:number].tolist() if images.f1[n] > 0 and n not in worst]
+    return [*(("worst", n) for n in worst), *(("best", n) for n in best)]
 
 
 def _draw_sheet(path: Path, pixels: np.ndarray, sides: list[tuple[str, Drawn]], skeleton: Skeleton) -> None:
