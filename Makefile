@@ -18,7 +18,7 @@ lint: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Without what trains a model, starts processes or takes long: under two minutes, for between two edits.
+# Without what trains a model, starts processes or takes long: about two minutes, for between two edits.
 quick: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
