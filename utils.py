@@ -30,7 +30,7 @@ from torch import Tensor
 
 from process.device import use_device
 from process.joining import join_group, launched_ranks
-from process.log_lines import LinesAboveBars, LogFile, close_stdout
+from process.log_lines import LinesAboveBars, LogFile, close_stdout, is_of_each_process
 from process.waiting import EXIT_SIGNAL, Stopped, signals_raise, wait_until
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,10 @@ def _raise(error: OSError) -> None:
 
 
 def setup_logging(is_main: bool, on_lost: Callable[[OSError], None] = _raise) -> None:
-    """Send INFO (other ranks: warnings) to stdout, one plain line per message.
+    """Send the log to stdout, one plain line per message.
+
+    The first process says all from INFO on, the first of each other machine warnings, and all others what differs from
+    process to process, see `is_of_each_process`.
 
     Args:
         is_main: Whether this is the first process.
@@ -84,6 +87,8 @@ def setup_logging(is_main: bool, on_lost: Callable[[OSError], None] = _raise) ->
     handler = LinesAboveBars(sys.stdout, on_lost)
     prefix = "" if is_main else f"[rank {launched_ranks()[0]}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    if launched_ranks()[1] != 0:
+        handler.addFilter(is_of_each_process)
     # What is said before the run has a folder waits here for its log file.
     early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, handlers=[handler, early], force=True)

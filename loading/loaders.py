@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -191,9 +190,9 @@ def build_train_loader(
     )
     repeats = None
     if repeat_threshold is not None:
-        repeats = find_repeats(data.train, data.label_map, spec, dataset.indices, repeat_threshold).of_picture
-        text = "an epoch draws %.0f pictures of %d: --repeat-threshold %g repeats %d with rare classes"
-        logger.info(text, repeats.sum(), len(repeats), repeat_threshold, np.count_nonzero(repeats > 1))
+        found = find_repeats(data.train, data.label_map, spec, dataset.indices, repeat_threshold)
+        found.log()
+        repeats = found.of_picture
     sampler = GroupedBatchSampler(
         dataset.heights,
         dataset.widths,

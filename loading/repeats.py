@@ -56,6 +56,17 @@ class Repeats:
         drawn = np.bincount(classes, of_picture[pictures], minlength=num_classes)
         return cls(threshold, counts, of_class, of_picture, drawn)
 
+    def log(self) -> None:
+        """Say how many pictures come more than once, and warn where none does."""
+        num_pictures, num_repeated = len(self.of_picture), np.count_nonzero(self.of_picture > 1)
+        if num_repeated:
+            text = "an epoch draws %.0f pictures of %d: --repeat-threshold %g repeats %d with rare classes"
+            logger.info(text, self.of_picture.sum(), num_pictures, self.threshold, num_repeated)
+        else:
+            rarest = self.pictures[self.pictures > 0].min(initial=num_pictures)
+            text = "--repeat-threshold %g repeats no picture: each class is on at least %.2g of them"
+            logger.warning(text, self.threshold, rarest / num_pictures)
+
     def format_rows(self, names: list[str]) -> list[str]:
         """Return a few words on every class: pictures, how many of them are drawn, and the factor."""
         columns = (self.pictures.tolist(), self.drawn.tolist(), self.of_class.tolist())
@@ -80,8 +91,4 @@ def find_repeats(split: Split, label_map: LabelMap, spec: ModelSpec, images: np.
     position[images] = np.arange(len(images))
     ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
     classes = np.searchsorted(ids, annotations.category_ids[chosen])
-    repeats = Repeats.of(threshold, position[annotations.object_images()[chosen]], classes, (len(images), len(ids)))
-    if (repeats.of_picture == 1).all():
-        text = "--repeat-threshold %g repeats no picture: each class is on at least %.2g of them"
-        logger.warning(text, threshold, repeats.pictures[repeats.pictures > 0].min(initial=len(images)) / len(images))
-    return repeats
+    return Repeats.of(threshold, position[annotations.object_images()[chosen]], classes, (len(images), len(ids)))

@@ -9,6 +9,16 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+# Rooms and files whose warnings may differ between the processes of a machine. All others warn of data, flags and
+# models, which are the same there: eight processes would say each line eight times.
+OF_EACH_PROCESS = ("process", "runtime.step_guard")
+
+
+def is_of_each_process(record: logging.LogRecord) -> bool:
+    """Tell whether a line is worth saying by every process of a machine; an error always is."""
+    of_each = any(f"{record.name}.".startswith(f"{name}.") for name in OF_EACH_PROCESS)
+    return of_each or record.levelno >= logging.ERROR
+
 
 class LinesAboveBars(logging.StreamHandler):
     """Writes lines above a progress bar, if there is one, and as they are otherwise.

@@ -32,8 +32,11 @@ from helpers.coco_cases import random_case, to_detections
 from helpers.drawn import ROOT
 from helpers.outcomes import drawn_outcomes
 from helpers.shaken import shaken_checkpoint
+from loading import trainable
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
+from process import waiting
 from report.eval_files import _folder_aside
+from runtime import step_guard
 from runtime.trackers import JsonlTracker
 from utils import log_to_file, run_command, setup_logging
 
@@ -259,6 +262,29 @@ def test_a_log_file_that_is_full_is_one_line(capsys, tmp_path):
     captured = capsys.readouterr()
     assert captured.out.splitlines() == ["line 0", "line 1", "line 2"]
     assert len(captured.err.splitlines()) == 1 and "log.txt: File too large; lines are missing" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "heard"),
+    [
+        (0, 0, ["a class without objects", "waiting", "the update is skipped", "over"]),
+        (
+            8,
+            0,
+            ["[rank 8] a class without objects", "[rank 8] waiting", "[rank 8] the update is skipped", "[rank 8] over"],
+        ),
+        (9, 1, ["[rank 9] waiting", "[rank 9] the update is skipped", "[rank 9] over"]),
+    ],
+)
+def test_what_is_the_same_in_all_processes_is_said_once_a_machine(rank, local_rank, heard, monkeypatch, capsys):
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 16}.items():
+        monkeypatch.setenv(name, str(value))
+    setup_logging(is_main=rank == 0)
+    trainable.logger.warning("a class without objects")
+    waiting.logger.warning("waiting")
+    step_guard.logger.warning("the update is skipped")
+    trainable.logger.error("over")
+    assert capsys.readouterr().out.splitlines() == heard
 
 
 def test_a_cache_that_does_not_fit_costs_no_start(drawn_coco, tmp_path, caplog):

@@ -68,8 +68,10 @@ def test_only_pictures_and_objects_that_are_trained_on_count(caplog):
     repeats = find_repeats(split, labels, SSD, np.array([7, 0, 1, 3, 4]), 0.8)
     assert repeats.pictures.tolist() == [5, 1, 0]
     assert repeats.of_picture.tolist() == pytest.approx([1, 2, 1, 1, 1])
+    none = find_repeats(split, labels, SSD, split.indices, 0.05)
+    assert (none.of_picture == 1).all()
     assert not caplog.messages
-    assert (find_repeats(split, labels, SSD, split.indices, 0.05).of_picture == 1).all()
+    none.log()
     assert caplog.messages == ["--repeat-threshold 0.05 repeats no picture: each class is on at least 0.1 of them"]
 
 
