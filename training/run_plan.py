@@ -1,6 +1,8 @@
 """What a run is going to do, before it does it; and a rehearsal of its most expensive step."""
 
 import contextlib
+import datetime
+import math
 import os
 import shutil
 import time
@@ -269,9 +271,9 @@ def rehearse(plan: Plan, model: nn.Module, options: StepOptions) -> str:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     update = float(np.mean(seconds[1:]))
-    hours = update * plan.updates_per_epoch * plan.learning_rate.epochs / 3600
+    whole = datetime.timedelta(seconds=math.ceil(update * plan.updates_per_epoch * plan.learning_rate.epochs))
     shape = "x".join(map(str, images[0].shape[1:]))
     return (
         f"  rehearsed {len(images)} images of {shape} and similar, the largest batch for the model: {update:.2f} s per "
-        f"update, {format_peak_memory(device)}; at most about {hours:.1f} h for all epochs, without evaluation"
+        f"update, {format_peak_memory(device)}; at most about {whole} for all epochs, without evaluation"
     )

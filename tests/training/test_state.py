@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import logging
+import re
 import sys
 from collections import namedtuple
 
@@ -277,7 +278,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path, caps
     assert "3 images per update (3 per process x 1 process(es) x 1 step(s))" in said
     assert "2 updates per epoch, 40 in 20 epochs" in said
     assert "0.03 after 1 warm-up updates, times 0.1 at epoch(s) 16 of 20" in said
-    assert "s per update" in said and "MB at the peak" in said
+    assert "MB at the peak" in said
+    update, hours, minutes, seconds = re.search(
+        r"([\d.]+) s per update, .* about (\d+):(\d+):(\d+) for all", said
+    ).groups()
+    whole = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+    assert whole == pytest.approx(40 * float(update), abs=1 + 40 * 0.005)
 
 
 def test_the_largest_batch_is_the_one_with_the_largest_padded_pictures():
