@@ -31,7 +31,7 @@ from torch import Tensor
 from process.device import use_device
 from process.joining import join_group, launched_ranks
 from process.log_lines import LinesAboveBars, LogFile, close_stdout, is_of_each_process
-from process.waiting import EXIT_SIGNAL, Stopped, signals_raise, wait_until
+from process.waiting import EXIT_SIGNAL, GRACE_OF_MEETINGS, Stopped, noted_signal, signals_raise, wait_until
 
 logger = logging.getLogger(__name__)
 
@@ -225,18 +225,28 @@ def barrier() -> None:
 def meet(what: str) -> None:
     """Wait until all processes are here, before anything is trained: the wait says what it is for and can be ended.
 
+    A process that has got a signal before tells the others, and all of them stop here. One that gets it while it
+    waits is still met, and tells it at the next meeting; only where the others let it wait does it leave alone.
+
     Args:
         what: What the others may still be doing, as in "waiting for the other processes, which ...".
 
     Raises:
-        Stopped: A signal has come.
+        Stopped: A signal has come, to this process or to another one.
         WaitError: They did not come.
     """
-    if dist.is_initialized():
-        work = dist.all_reduce(torch.zeros(1), async_op=True)
-        limit = COLLECTIVE_TIMEOUT.total_seconds() - 10  # gloo's own end of the wait says nothing
-        advice = "the log of each one says how far it is, and kill -USR2 makes it print where it stands"
-        wait_until(functools.partial(_is_over, work), f"the other processes, which {what}", limit=limit, advice=advice)
+    if not dist.is_initialized():
+        return
+    what = f"the other processes, which {what}"
+    own = noted_signal()
+    number = torch.tensor([0 if own is None else signal.Signals[own]])
+    work = dist.all_reduce(number, op=dist.ReduceOp.MAX, async_op=True)
+    limit = COLLECTIVE_TIMEOUT.total_seconds() - 10  # gloo's own end of the wait says nothing
+    advice = "the log of each one says how far it is, and kill -USR2 makes it print where it stands"
+    wait_until(functools.partial(_is_over, work), what, limit=limit, advice=advice, grace=GRACE_OF_MEETINGS)
+    if number > 0:
+        whose = "" if noted_signal() is not None else " to another process"
+        raise Stopped(signal.Signals(int(number)).name, f"{whose} while waiting for {what}")
 
 
 def _is_over(work: dist.Work, seconds: float) -> bool:

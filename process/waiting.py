@@ -25,8 +25,10 @@ SILENT_SECONDS = 1.0
 POLL_SECONDS = 0.05
 
 # A wait that began or went on so long after a signal is given up; a shorter one ends by itself, and what comes after
-# it sees the wish to stop.
+# it sees the wish to stop. Other processes are waited for longer, so that all leave together; a scheduler kills them
+# half a minute after its signal.
 GRACE_SECONDS = 0.5
+GRACE_OF_MEETINGS = 10.0
 
 # Schedulers may send a signal twice at once, to a process and to its group: later than this, a second one is meant.
 SECOND_SIGNAL_SECONDS = 0.5
@@ -68,6 +70,11 @@ class _Wish:
 _WISH = _Wish()
 
 
+def noted_signal() -> str | None:
+    """Return the name of the signal that has come, None if none has."""
+    return _WISH.signal_name
+
+
 def note_signal(name: str | None) -> None:
     """Tell the waits of this process that a signal has come, or with None that there is none any more."""
     if name is None or _WISH.signal_name is None:
@@ -105,7 +112,13 @@ def signals_raise(numbers: Sequence[signal.Signals] = END_SIGNALS) -> Iterator[N
 
 
 def wait_until(
-    is_done: Callable[[float], bool], what: str, *, limit: float, advice: str = "", silent: float = SILENT_SECONDS
+    is_done: Callable[[float], bool],
+    what: str,
+    *,
+    limit: float,
+    advice: str = "",
+    silent: float = SILENT_SECONDS,
+    grace: float = GRACE_SECONDS,
 ) -> None:
     """Wait in the open: say for what after a second, end soon after a signal, and give up at a limit.
 
@@ -115,6 +128,7 @@ def wait_until(
         limit: Seconds after which the wait is given up.
         advice: What the user can do about it.
         silent: Seconds without a word.
+        grace: Seconds that the wait goes on after a signal, for it may end by itself.
 
     Raises:
         Stopped: A signal has come.
@@ -125,7 +139,7 @@ def wait_until(
     advice = f": {advice}" if advice else ""
     while not _is_done_or_stopped(is_done, what):
         now = time.monotonic()
-        if _WISH.signal_name is not None and now - max(_WISH.since, begun) > GRACE_SECONDS:
+        if _WISH.signal_name is not None and now - max(_WISH.since, begun) > grace:
             raise Stopped(_WISH.signal_name, f" while waiting for {what}")
         if now - begun >= limit:
             raise WaitError(f"waited {_in_words(limit)} for {what}{advice}")

@@ -234,7 +234,7 @@ FAULTS = (
     Fault("P26 loading process killed", on_loading_process(signal.SIGKILL), (1,)),
     Fault("P27 loading process stuck", on_loading_process(signal.SIGSTOP), (1,)),
     Fault("P28 /dev/shm full", nothing("/dev/shm"), (1,), moment="data", prefix=NO_MEMORY),
-    Fault("P29 no more open files", use_up_files, (1,)),
+    Fault("P29 no more open files", use_up_files, (0, 1)),  # 0 where the rest of the run opens no more than before
     Fault("P34 process does not answer", stop_process_dead, (-9, 1)),
 )
 

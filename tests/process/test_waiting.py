@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torchvision.models._api import Weights, WeightsEnum
 
+import utils
 from annotations import arrays
 from annotations.arrays import cached_annotations
 from coco_utils import read_coco
@@ -89,9 +90,10 @@ def meet_after_signal(rank, path, queue):
     """Two processes get a signal: one waits for the other, which is busy and comes when the first has left."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     dist.barrier()
+    utils.GRACE_OF_MEETINGS = 0.2
     note_signal("SIGTERM")
     if rank == 0:
-        time.sleep(3 * GRACE_SECONDS)
+        time.sleep(1.5)
     try:
         meet("are slow")
     except BaseException as error:
@@ -144,25 +146,66 @@ def late_meeting(rank, world_size):
     if rank == 1:
         time.sleep(1.8)
     meet("tie their shoes")
-    if rank == 0:
-        note_signal("SIGTERM")
-        try:
-            meet("tie their shoes")
-        except Stopped as stopped:
-            lines.append(str(stopped))
-    else:
-        time.sleep(1.5)
-        meet("tie their shoes")
     return lines
 
 
 @pytest.mark.slow
 def test_a_meeting_of_processes_waits_in_the_open():
     mine, others = run_on_ranks(2, late_meeting)
-    assert len(mine) == 2 and mine[0].startswith(
-        "waiting for the other processes, which tie their shoes (gives up in 30"
+    assert len(mine) == 1 and not others
+    assert mine[0].startswith("waiting for the other processes, which tie their shoes (gives up in 30")
+
+
+def meetings_with_a_signal(rank, world_size):
+    """Process 0 alone gets a signal, longer before the other one comes than a wait of one's own goes on."""
+    met = 0
+    try:
+        for _ in range(3):
+            if rank == 0 and met == 1:
+                send_soon()
+            if rank == 1:
+                time.sleep(0.3 + 3 * GRACE_SECONDS)
+            meet("tie their shoes")
+            met += 1
+    except Stopped as stopped:
+        return met, str(stopped)
+
+
+def stopped_at_meetings(rank, world_size):
+    StopRequest().install()
+    answer = meetings_with_a_signal(rank, world_size)
+    note_signal(None)
+    return answer
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_that_waits_for_others_stops_all_of_them():
+    """It comes in the second meeting, which still takes place; the third one tells of it."""
+    mine, others = run_on_ranks(2, stopped_at_meetings)
+    assert mine == (2, "stopped by SIGTERM while waiting for the other processes, which tie their shoes")
+    assert others == (
+        2,
+        "stopped by SIGTERM to another process while waiting for the other processes, which tie their shoes",
     )
-    assert mine[1].startswith("stopped by SIGTERM while waiting for the other processes") and not others
+
+
+def meeting_alone(rank, world_size):
+    utils.GRACE_OF_MEETINGS = 0.8
+    if rank == 0:
+        note_signal("SIGTERM")
+    else:
+        time.sleep(4)
+    begun = time.monotonic()
+    with pytest.raises(Stopped):
+        meet("sleep")
+    note_signal(None)
+    return time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_others_that_do_not_come_are_not_waited_for_after_a_signal():
+    alone, _ = run_on_ranks(2, meeting_alone)
+    assert 0.8 <= alone < 3.8
 
 
 def held_cache(drawn_coco, folder):
