@@ -67,4 +67,5 @@ def use_device(device: torch.device) -> None:
         return
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    torch.cuda.set_device(device)
+    if device.index is not None:  # a plain "cuda" is the current one, which torch does not take here
+        torch.cuda.set_device(device)

@@ -66,6 +66,14 @@ def test_memory_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
+def test_the_current_gpu_needs_no_number(monkeypatch):
+    """torch's own function is called, which refuses a device without one, on a machine without a GPU too."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    use_device(torch.device("cuda"))
+
+
 def test_predict_uses_the_gpu_that_is_asked_for_before_anything_else(monkeypatch, tmp_path):
     class NextStep(Exception):
         pass
