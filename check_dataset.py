@@ -43,12 +43,11 @@ from process.device import choose_device
 from utils import Distributed, HelpFormatter, run_command
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Look over a dataset before training on it",
         formatter_class=HelpFormatter,
-        add_help=add_help,
     )
     group = parser.add_argument_group("check")
     group.add_argument(

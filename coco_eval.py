@@ -111,7 +111,7 @@ class CocoEvaluator:
         """Return which objects never count, bool [N]."""
         if iou_type != "keypoints":
             return self.annotations.is_crowd
-        return self.annotations.is_crowd | (self.annotations.num_visible_keypoints() == 0)
+        return self.annotations.is_crowd | (self.annotations.num_labelled_keypoints() == 0)
 
     def update(
         self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Any]], label_map: LabelMap

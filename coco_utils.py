@@ -311,7 +311,7 @@ def to_coco(annotations: Annotations, indices: np.ndarray | None = None) -> dict
     Annotation ids count from 1. Nothing is rounded or clipped.
     """
     indices = np.arange(len(annotations)) if indices is None else indices
-    visible = annotations.num_visible_keypoints()
+    visible = annotations.num_labelled_keypoints()
     objects: list[Record] = []
     for i in indices.tolist():
         size = [int(annotations.heights[i]), int(annotations.widths[i])]

@@ -34,12 +34,11 @@ logger = logging.getLogger("compare")
 _MATCHES = "matches_*.npz"
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Compare two runs on the same images",
         formatter_class=HelpFormatter,
-        add_help=add_help,
     )
     parser.add_argument("first", metavar="FIRST", help="compare the run in this folder")
     parser.add_argument("second", metavar="SECOND", help="compare it with the run in this folder")

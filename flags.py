@@ -106,7 +106,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "-b", "--batch-size", default=2, type=int, metavar="N", help="train on N images per process and step, N >= 1"
     )
     group.add_argument(
-        "-j", "--workers", default=4, type=int, metavar="N", help="load images in N more processes per process; 0: none"
+        "-j",
+        "--workers",
+        default=4,
+        type=int,
+        metavar="N",
+        help="load images in N processes per process of the run; 0: none",
     )
     group.add_argument(
         "--aspect-ratio-group-factor", default=3, type=int, metavar="K",

@@ -280,9 +280,14 @@ def predict_videos(
     return None
 
 
+def describe_count(count: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def describe_seen(num_pictures: int, num_frames: int) -> str:
     """Return how much was looked at in words."""
-    pictures, frames = f"{num_pictures} pictures", f"{num_frames} frames"
+    pictures, frames = describe_count(num_pictures, "picture"), describe_count(num_frames, "frame")
     return pictures if not num_frames else frames if not num_pictures else f"{pictures} and {frames}"
 
 
@@ -334,7 +339,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
     if args.overlays and images:
         error = write_index(args, output_dir, trained, threshold, of_pictures.page_parts, len(bad), len(not_reached))
         failure = failure or error
-    found = f"{results.count} objects in {describe_seen(len(images), of_videos.num_frames)}"
+    found = f"{describe_count(results.count, 'object')} in {describe_seen(len(images), of_videos.num_frames)}"
     if failure is not None:
         raise ValueError(f"{describe_error(failure)}; {found}, found until then, are in {output_dir}")
     if stop.signal_name is not None:

@@ -49,12 +49,11 @@ logger = logging.getLogger("score")
 MAX_SHOWN = 5
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         description="Score a COCO results file",
         formatter_class=HelpFormatter,
-        add_help=add_help,
     )
     parser.add_argument("--ground-truth", required=True, metavar="FILE", help="score against this COCO annotation file")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="score this COCO results file")
@@ -163,8 +162,8 @@ def _warn_of_misread_results(
     form = find_other_form(annotations, records)
     if form is not None:
         logger.warning(
-            "%s: boxes hardly meet the objects of their picture, but would as %s; results have [x, y, width, height] "
-            "in pixels from the top left corner: convert them",
+            "%s: boxes barely overlap the objects of their picture, but would as %s; results have [x, y, width, "
+            "height] in pixels from the top left corner: convert them",
             name,
             form,
         )
@@ -185,9 +184,9 @@ def _warn_of_misread_results(
     foreign = find_foreign_ids(annotations, records)
     if foreign is not None:
         logger.warning(
-            "%s: boxes hardly meet the objects of their picture (mean IoU %.2f), but fit those of others (%.2f): those "
-            "of image_id %s fit %s, whose id is %s; the ids seem to be of another numbering (predict.py --ids-from "
-            "takes them from the ground truth)",
+            "%s: boxes barely overlap the objects of their picture (mean IoU %.2f), but fit those of others (%.2f): "
+            "those of image_id %s fit %s, whose id is %s; the ids seem to be of another numbering (predict.py "
+            "--ids-from takes them from the ground truth)",
             name,
             foreign.own,
             foreign.other,

@@ -39,11 +39,11 @@ logger = logging.getLogger("sigmas")
 CURVE_FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser with its three commands."""
     parser = argparse.ArgumentParser(
         description="Estimate and explain OKS sigmas", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=__doc__, add_help=add_help,
+        epilog=__doc__,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     estimate = commands.add_parser(

@@ -1,9 +1,9 @@
 """All annotations of one dataset in flat arrays, and their cache on disk.
 
-Every dataset of this suite (COCO json, folder, drawn shapes) is turned into one `Annotations`; training targets,
-grouping, checks and ground truth for scoring are all read from it. It holds no image, no label mapping and no
-dropped object. Python lists of dicts would cost every DataLoader worker a copy of its own (COCO: 1.7 GB
-each); these arrays are memory-mapped from one file and shared by all processes of the machine.
+Every dataset of this suite (COCO json, custom folder, YOLO, Pascal VOC, drawn shapes) is turned into one
+`Annotations`; training targets, grouping, checks and ground truth for scoring are all read from it. It holds no
+image, no label mapping and no dropped object. Python lists of dicts would cost every DataLoader worker a copy of
+its own (COCO: 1.7 GB each); these arrays are memory-mapped from one file and shared by all processes of the machine.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ class Annotations:
         start, end = self.rle_starts[n : n + 2]
         return self.rle_bytes[start:end].tobytes()
 
-    def num_visible_keypoints(self) -> np.ndarray:
+    def num_labelled_keypoints(self) -> np.ndarray:
         """Return the number of labelled keypoints (v > 0) of every object, int64 [N]."""
         return np.count_nonzero(self.keypoints[:, :, 2] > 0, axis=1)
 

@@ -164,7 +164,7 @@ class Difference:
     Attributes:
         first: Value in the first evaluation; None without objects, and then all others are.
         second: Value in the second evaluation.
-        low: The interval of second minus first.
+        low: Lower end of the interval of second minus first.
         high: Its upper end.
         probability: That the second one is better: share of the resamples, centred on the difference, in which it is;
             equal ones count half.

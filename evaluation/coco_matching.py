@@ -269,7 +269,7 @@ def precision_over_recall(
     """Return (precision [T, R] at the grid's recalls, final recall [T], scores [T, R]) of one category.
 
     Args:
-        hit: [T, D], 1 for a true positive; detections by falling score. Numbers above 1 count repeated images.
+        hit: [T, D], 1 for a true positive; detections by falling score.
         miss: [T, D], 1 for a false positive.
         total: Number of objects.
         scores: float64 [D].

@@ -154,11 +154,7 @@ def _keypoints_of_the_best(roi_heads: nn.Module, limit: int) -> Iterator[None]:
         best, start = [], 0
         for count in counts:
             of_image = slice(start, start + count)
-            kept = (
-                rank_detections(ranked[0, of_image], ranked[1, of_image], limit)[0]
-                if count
-                else np.zeros(0, dtype=np.int64)
-            )
+            kept = rank_detections(ranked[0, of_image], ranked[1, of_image], limit)[0]
             best.append(start + np.sort(kept))
             start += count
         chosen = torch.from_numpy(np.concatenate(best))

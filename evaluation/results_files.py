@@ -291,7 +291,7 @@ def encode_masks(records: Sequence[Record], annotations: Annotations, name: str)
         name: The results file, for messages.
 
     Raises:
-        BadDataError: Masks of another size, or run lengths that are none, all at once.
+        BadDataError: Masks of another size, or invalid run lengths, all at once.
     """
     chosen = [n for n, record in enumerate(records) if "segmentation" in record]
     position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}

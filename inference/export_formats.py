@@ -183,12 +183,11 @@ def _save_onnx(onnx: Any, model: Any, path: Path, metadata: dict[str, Any]) -> N
     path.write_bytes(model.SerializeToString())
 
 
-def run_onnx(path: Path, names: Sequence[str], num_threads: int = 0) -> Runner:
-    """Open an ONNX file with onnxruntime and return a function from batch to outputs; 0 threads: one per core."""
+def run_onnx(path: Path, names: Sequence[str]) -> Runner:
+    """Open an ONNX file with onnxruntime and return a function from batch to outputs; it computes on all cores."""
     runtime = need_onnx()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = num_threads
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[Outputs]:

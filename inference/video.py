@@ -103,7 +103,7 @@ class VideoReader:
         self._container.close()
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        """Yield every so many-th frame, beginning with the first.
+        """Yield the first frame, and from there each one that comes ``every`` frames after the last.
 
         Raises:
             VideoError: The file is broken from here on, or there is no frame in it.

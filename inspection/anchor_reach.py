@@ -229,7 +229,7 @@ def _has_fcos_location(grids: AnchorGrids, boxes: np.ndarray, sizes: np.ndarray)
 
 
 def _has_location_on(grids: AnchorGrids, boxes: np.ndarray, maps: list[_Map]) -> np.ndarray:
-    """Do so for the boxes on images of one size; bool [N]."""
+    """Tell which boxes have a location on images of one size; bool [N]."""
     found = np.zeros(len(boxes), dtype=bool)
     near = np.arange(-FCOS_NEIGHBOURS, FCOS_NEIGHBOURS + 1)
     for level, (map_, shapes) in enumerate(zip(maps, grids.shapes())):

@@ -42,7 +42,7 @@ def format_keypoints(parts: list[SplitObjects]) -> list[str]:
             shares = (np.mean(v > 0), np.mean(v == 2)) if len(v) else (0.0, 0.0)
             cells += "  " + "".join(f"{share:15.0%}" for share in shares)
         lines.append(f"{name:{width}}{cells}")
-    without = [int((part.annotations.num_visible_keypoints()[part.objects] == 0).sum()) for part in parts]
+    without = [int((part.annotations.num_labelled_keypoints()[part.objects] == 0).sum()) for part in parts]
     if any(without):
         counts = ", ".join(f"{n} of {len(part.objects)} in {part.role}" for n, part in zip(without, parts))
         lines.append(f"objects without any labelled keypoint: {counts}")

@@ -37,7 +37,7 @@ class Observation:
 
 
 def observe_worst(
-    title: str, scores: np.ndarray, format_example: Callable[[int], str], advice: str, *, of: int | None = None
+    title: str, scores: np.ndarray, format_example: Callable[[int], str], advice: str
 ) -> list[Observation]:
     """Return an observation with the examples of highest score, or nothing where there is none.
 
@@ -46,15 +46,13 @@ def observe_worst(
         scores: float [N], how bad each one is; NaN for one that is not bad.
         format_example: Tells in a line what is at a position, beginning with the file.
         advice: What to do.
-        of: How many there are in all; N by default.
     """
     bad = np.flatnonzero(~np.isnan(scores))
     if not len(bad):
         return []
     worst = bad[np.argsort(-scores[bad], kind="stable")[:NUM_EXAMPLES]]
-    total = len(scores) if of is None else of
     examples = tuple(format_example(int(n)) for n in worst)
-    return [Observation(f"{len(bad)} of {total} {title}", examples, advice, count=len(bad))]
+    return [Observation(f"{len(bad)} of {len(scores)} {title}", examples, advice, count=len(bad))]
 
 
 def group_findings(findings: Iterable[Finding]) -> list[Observation]:
@@ -81,7 +79,7 @@ def group_warnings(findings: Iterable[Finding]) -> list[Observation]:
     for remedy, found in remedies.items():
         count = sum(f.count for f in found)
         examples = [f.example for f in found if f.example][:NUM_EXAMPLES]
-        grouped.append(Observation(f"{count} where {remedy}", tuple(examples), "", count))
+        grouped.append(Observation(f"{remedy} ({count})", tuple(examples), "", count))
     return [*grouped, *rest]
 
 

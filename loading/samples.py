@@ -1,6 +1,6 @@
 """The dataset behind every ``--dataset``: annotations, a source of images, and labels for the model.
 
-COCO files, folders and drawn shapes differ only in how their `Annotations` are made and where pixels come from.
+Formats of files and drawn shapes differ only in how their `Annotations` are made and where pixels come from.
 A sample is produced lean: the image stays uint8 as it was decoded, masks stay blocks inside their boxes, and only
 what the model needs is made at all.
 """
@@ -129,11 +129,6 @@ class DetectionDataset(Dataset[Sample]):
     def widths(self) -> np.ndarray:
         """Width of every image, int32 [len]."""
         return self.annotations.widths[self.indices]
-
-    def get_height_and_width(self, index: int) -> tuple[int, int]:
-        """Return the size of image ``index`` without reading it."""
-        i = self.indices[index]
-        return int(self.annotations.heights[i]), int(self.annotations.widths[i])
 
     def __getitem__(self, item: tuple[int, ...] | int) -> Sample:
         """Return a sample; a plain index means epoch 0.

@@ -24,6 +24,9 @@ SKELETON = ((0, 1), (0, 2), (1, 2))
 SIZES = ((160, 160), (120, 192), (192, 120), (128, 256), (144, 176))
 NUM_IMAGES = {"train": 480, "val": 120}
 
+# Pixels between the boxes of two shapes.
+GAP = 2.0
+
 
 @dataclass(frozen=True)
 class ShapeDrawer:
@@ -102,9 +105,9 @@ def _place_shape(rng: np.random.Generator, height: int, width: int, taken: list[
     return None
 
 
-def _apart(a: list[float], b: list[float], gap: float = 2.0) -> bool:
-    """Tell whether two xywh boxes are at least ``gap`` pixels apart."""
-    return a[0] + a[2] + gap < b[0] or b[0] + b[2] + gap < a[0] or a[1] + a[3] + gap < b[1] or b[1] + b[3] + gap < a[1]
+def _apart(a: list[float], b: list[float]) -> bool:
+    """Tell whether two xywh boxes are at least `GAP` pixels apart."""
+    return a[0] + a[2] + GAP < b[0] or b[0] + b[2] + GAP < a[0] or a[1] + a[3] + GAP < b[1] or b[1] + b[3] + GAP < a[1]
 
 
 def _outline(name: str) -> tuple[np.ndarray, np.ndarray]:

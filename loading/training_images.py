@@ -24,6 +24,6 @@ def training_indices(split: Split, *, keep_negatives: bool, needs_keypoints: boo
     has_box[image_of[(annotations.boxes_xywh[:, 2:] > 1).all(axis=1)]] = True
     keep = has_box
     if needs_keypoints and split.skeleton.names == COCO_PERSON_KEYPOINTS:
-        labelled = np.bincount(image_of, weights=annotations.num_visible_keypoints(), minlength=num_images)
+        labelled = np.bincount(image_of, weights=annotations.num_labelled_keypoints(), minlength=num_images)
         keep &= labelled >= MIN_PERSON_KEYPOINTS
     return split.indices[keep[split.indices]]

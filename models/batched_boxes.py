@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Keeps the quotients of GIoU finite; as in torchvision's.
+GIOU_EPS = 1e-7
+
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -58,13 +61,12 @@ def decode_boxes(codes: Tensor, anchors: Tensor, coder: Any) -> Tensor:
     return torch.cat([centers - half_sides, centers + half_sides], dim=-1)
 
 
-def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Return `torchvision.ops.generalized_box_iou_loss` without its boolean indexing, which waits for the device.
 
     Args:
         boxes: float32 [..., 4], xyxy.
         targets: float32 [..., 4], xyxy.
-        eps: Keeps quotients finite.
 
     Returns:
         float32 [...], 0 to 2.
@@ -76,4 +78,4 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
     union = sides[..., 0] * sides[..., 1] + target_sides[..., 0] * target_sides[..., 1] - inter
     around = torch.maximum(boxes[..., 2:], targets[..., 2:]) - torch.minimum(boxes[..., :2], targets[..., :2])
     enclosing = around[..., 0] * around[..., 1]
-    return 1 - (inter / (union + eps) - (enclosing - union) / (enclosing + eps))
+    return 1 - (inter / (union + GIOU_EPS) - (enclosing - union) / (enclosing + GIOU_EPS))

@@ -17,7 +17,7 @@ from models.batched_pictures import PictureBatch
 from models.batched_sampling import draw_slots
 from models.object_block import ObjectBlock
 
-# Boxes of one call of nms on a GPU, whose table of pairs takes N * N / 8 bytes: 512 MiB. That are 7 pictures of
+# Boxes of one call of nms on a GPU, whose table of pairs takes N * N / 8 bytes: 512 MiB. That is 7 pictures of
 # 800 x 1333; a picture is never cut in two.
 MOST_BOXES_OF_NMS = 2**16
 

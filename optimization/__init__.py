@@ -1,5 +1,5 @@
-"""How weights move: parameter groups and updates, schedule, precision, running average.
+"""How weights move: the step, parameter groups and updates, schedule, precision, running average.
 
-Not here: the step itself, which is in engine.py.
+Not here: the loop over an epoch's steps, which is in engine.py.
 Open first: ``optimizer.py``.
 """

@@ -50,7 +50,7 @@ def build_optimizer(
     groups = parameter_groups(model, norm_weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError("the model has no trainable parameter")
-    # Fused kernels take an "is there a non-finite number" flag from the device, see engine.train_one_epoch.
+    # Fused kernels take an "is there a non-finite number" flag from the device, see `update_parameters`.
     if name in ("sgd", "sgd_nesterov"):
         nesterov = name == "sgd_nesterov"
         optimizer = torch.optim.SGD(

@@ -71,7 +71,7 @@ def write_evaluation(
 
 
 def main_figure(scores: dict[str, Any]) -> tuple[str, float | None]:
-    """Return the name and value of the figure that says which epoch is best: AP of what the model is made for."""
+    """Return the name and value of the figure to show first: AP of what the model is made for."""
     kind = next(kind for kind in reversed(SCORE_KINDS) if kind in scores)
     return f"{kind} AP", scores[kind]["AP"]
 

@@ -26,7 +26,7 @@ from training.evaluate_model import Evaluation
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-# What `engine.train_one_epoch` notes beside the losses.
+# What `EpochLog.finish` and `TrainingState.end_epoch` note beside the losses.
 NO_LOSSES = ("seconds", "img_per_s", "data_wait", "max_mem_mb", "lr")
 
 
@@ -119,15 +119,14 @@ def _count(value: float | None) -> str:
 
 
 def _embed(path: Path) -> str:
-    """Return a picture file as a data URI; empty where there is none."""
+    """Return a PNG file as a data URI; empty where there is none."""
     if not path.is_file():
         return ""
-    kind = "png" if path.suffix == ".png" else "jpeg"
-    return _data_uri(path.read_bytes(), kind)
+    return _data_uri(path.read_bytes())
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _name_of(summary: dict[str, Any], which: str) -> str:
@@ -145,12 +144,10 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
         content = {}
     if not isinstance(content, dict):
         content = {}
-    flags = content.get("flags", content.get("args", {}))
-    command = content.get("command", content.get("command_line", ""))
-    rest = {k: v for k, v in content.items() if isinstance(v, (str, int, float)) and v != command}
+    command, flags = content.get("command", ""), content.get("args", {})
     return {
-        "command": " ".join(map(str, command)) if isinstance(command, list) else str(command),
-        "facts": rest,
+        "command": str(command),
+        "facts": {k: v for k, v in content.items() if isinstance(v, (str, int, float)) and k != "command"},
         "flags": {k: v for k, v in flags.items() if v is not None} if isinstance(flags, dict) else {},
     }
 
@@ -198,7 +195,7 @@ def _learning_curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     if any("lr" in averages for averages in train):
         rates = {"lr": [averages.get("lr") for averages in train]}
         curves.append(("Learning rate", plots.plot_lines(epochs, rates, label="learning rate")))
-    return [{"name": name, "source": _data_uri(png, "png")} for name, png in curves]
+    return [{"name": name, "source": _data_uri(png)} for name, png in curves]
 
 
 def _kind(kind: str, summary: dict[str, Any], folder: Path) -> dict[str, Any]:

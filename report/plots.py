@@ -90,7 +90,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     """Draw the confusion matrix: colour is the share of the row, numbers are counts.
 
     Args:
-        confusion: int [K + 1, K + 1], see `analysis.Report.confusion`.
+        confusion: int [K + 1, K + 1], see `Analysis.confusion`.
         names: K names.
     """
     num_classes = len(names)
@@ -127,16 +127,14 @@ def plot_lines(
     *,
     label: str,
     bands: Mapping[str, Sequence[Any]] | None = None,
-    from_zero: bool = True,
 ) -> bytes:
-    """Draw values over epochs.
+    """Draw values over epochs, on an axis that starts at 0.
 
     Args:
         epochs: Numbers of the epochs.
         lines: Values by name, one per epoch; None leaves a gap.
         label: Text beside the vertical axis.
         bands: By the same names [low, high] or None per epoch: drawn as a band around the line.
-        from_zero: Whether the vertical axis starts at 0.
     """
     figure, axes = _new_figure(4.2, 2.9)
     marker = "o" if len(epochs) <= 30 else None
@@ -151,8 +149,7 @@ def plot_lines(
     if len(set(epochs)) == 1:
         axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
         axes.set_xticks(list(set(epochs)))
-    if from_zero:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0)
     axes.grid(color="#dddddd", linewidth=0.6)
     if len(lines) > 1:
         axes.legend(fontsize=8, framealpha=0.85)

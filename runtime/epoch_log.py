@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 
-def progress_bar(title: str, total: int, unit: str = "batch") -> tqdm:
+def progress_bar(title: str, total: int) -> tqdm:
     """Return a live bar on the terminal; a bar that shows nothing on other processes, in pipes and in files."""
     shows = rank() == 0 and sys.stdout.isatty()
-    return tqdm(total=total, desc=title, unit=unit, file=sys.stdout, dynamic_ncols=True, disable=not shows)
+    return tqdm(total=total, desc=title, unit="batch", file=sys.stdout, dynamic_ncols=True, disable=not shows)
 
 
 class EpochLog:

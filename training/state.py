@@ -253,7 +253,10 @@ class EndOfUpdate(Tracker):
     checkpoint_every: int | datetime.timedelta | None
 
     def on_update(self, record: StepRecord, may_save: Callable[[], bool]) -> None:
-        """Do both; after a step that ends the run nothing is saved, since its batch is not done."""
+        """Move the averaged weights, and save where that is due.
+
+        After a step that ends the run nothing is saved, since its batch is not done.
+        """
         if self.state.average is not None:
             self.state.average.update(self.state.model, record.updates)
         is_due = is_checkpoint_due(self.checkpoint_every, record.updates, time.monotonic() - self.output.saved_at)

@@ -187,7 +187,7 @@ def test_num_keypoints_that_contradict_the_points_are_remarked(tmp_path):
     value = content()
     value["annotations"][0]["num_keypoints"] = 0
     annotations = read(tmp_path, value)
-    assert annotations.num_visible_keypoints().tolist() == [2, 1]
+    assert annotations.num_labelled_keypoints().tolist() == [2, 1]
     assert "num_keypoints is 0, but 2 points have v > 0" in annotations.warnings[0].problem
 
 

@@ -72,7 +72,7 @@ def test_boxes_in_another_form_are_warned_of_with_its_name(tmp_path, capsys, for
     truth, results = drawn()
     results = [{**r, "bbox": FORMS[form](*r["bbox"])} for r in results]
     assert scored(tmp_path, truth, results)[0] == 0
-    assert f"boxes hardly meet the objects of their picture, but would as {form}; " in capsys.readouterr().out
+    assert f"boxes barely overlap the objects of their picture, but would as {form}; " in capsys.readouterr().out
 
 
 def resized(mode, x, y, w, h, size):
@@ -118,7 +118,7 @@ def test_right_ids_and_boxes_are_not_warned_of(tmp_path, capsys, error):
         r["category_id"] = r["category_id"] if rng.random() < 0.5 else int(rng.integers(1, 4))
     assert scored(tmp_path, truth, results)[0] == 0
     out = capsys.readouterr().out
-    assert "boxes lie on" not in out and "hardly meet" not in out
+    assert "boxes lie on" not in out and "barely overlap" not in out
 
 
 def test_no_results_are_a_warning(tmp_path, capsys):

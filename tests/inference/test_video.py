@@ -185,7 +185,7 @@ def test_videos_and_pictures_go_together_and_broken_ones_are_skipped(tmp_path, c
         r["image_id"] for r in records
     }
     captured = capsys.readouterr()
-    assert "c.mp4: the file is empty" in captured.err and "objects in 1 pictures and 3 frames" in captured.out
+    assert "c.mp4: the file is empty" in captured.err and "objects in 1 picture and 3 frames" in captured.out
     assert sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())[-1].endswith("_b.mp4")
 
 

@@ -132,7 +132,7 @@ def test_the_pages_numbers_are_those_of_the_best_epoch_in_metrics(run_dir):
     assert rows["newest epoch, 1"][1] == shown(newest["keypoints"]["AP"])
 
 
-@pytest.mark.parametrize("content", [None, "{broken", "[1]", '{"command": ["a", "--b<c>"], "flags": {"lr": 0.02}}'])
+@pytest.mark.parametrize("content", [None, "{broken", "[1]", '{"command": "a --b<c>", "args": {"lr": 0.02}}'])
 def test_the_page_is_made_from_whatever_is_there(content, tmp_path):
     if content is not None:
         (tmp_path / "args.json").write_text(content)
