@@ -1,10 +1,10 @@
 """What has to be seen on a GPU, in twelve minutes: correct, exact, without waits, how fast.
 
-    python benchmarks/on_gpu.py --data-path /data/small_coco --wheels pycocotools-*.whl --output gpu_results
+    python benchmarks/on_gpu.py --data-path /data/small_coco --wheels wheels/*.whl --output gpu_results
     python benchmarks/on_gpu.py --data-path /data/small_coco --device cpu --tiny --output tried      # without a GPU
 
 It needs this repository, torch and torchvision, a folder in COCO's layout with some fifty images, and wheels of what the
-machine lacks. Steps run one after the other, each in a process of its own with a time limit. Every figure is written to
+machine lacks, made for its Python; the first step says what that is. Steps run one after the other, each in a process of its own with a time limit. Every figure is written to
 DIR/figures.jsonl at once and DIR/figures.md is written after each step, so the run may be cut anywhere. The same command
 goes on from there: what is measured stays, what failed is tried again. What a step printed is in DIR/<step>.log.
 """
@@ -23,7 +23,9 @@ import traceback
 from pathlib import Path
 
 from common import cpu_seconds, machine, table
-from gpu_steps import STEPS, Run, since
+from gpu_steps import STEPS, Run, environment, since
+
+from process.device import use_device
 
 IN_ORDER = "in good order"
 
@@ -85,8 +87,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, required=True, help="a small folder in COCO's layout")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="figures and logs go here")
-    parser.add_argument("--wheels", type=Path, nargs="+", default=[], help="of what this machine lacks: pycocotools")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--wheels", type=Path, nargs="+", default=[], help="of what this machine lacks")
+    parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="a trial: small pictures, few steps, nothing compiled")
     parser.add_argument("--steps", nargs="+", choices=[step.__name__ for step in STEPS], help="only these")
     parser.add_argument("--models", nargs="+", help="only these; default: the nine")
@@ -96,6 +98,7 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     args.output, args.data_path = args.output.resolve(), args.data_path.resolve()
     install(args.wheels, args.output / "site")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not spoil this process's forks
     logging.basicConfig(level=logging.INFO)
 
     started, path = time.time(), args.output / "figures.jsonl"
@@ -107,7 +110,8 @@ def main():
         has_failed = any("failed" in line for line in figures.lines().values())
         if ended is not None and ended["ended"] == IN_ORDER and not has_failed:
             continue
-        load(args)
+        if step is not environment and not load(args, figures):
+            continue
         left = args.minutes * 60 - (time.time() - started)
         if left < 10:
             print(f"{step.__name__}: no time left")
@@ -117,21 +121,30 @@ def main():
     print((args.output / "figures.md").read_text())
 
 
-def load(args):
-    """Import what the steps need, once for all: they are forks of this process, which never touches the GPU itself."""
-    import gpu  # noqa: F401
+def load(args, figures):
+    """Import what the steps need, once for all: they are forks of this process, which never touches the GPU itself.
 
-    import train  # noqa: F401
-    from models.architectures import ARCHITECTURES
+    Returns:
+        Whether it is all there; what is not is noted as the end of the step.
+    """
+    try:
+        import gpu  # noqa: F401
 
+        import train  # noqa: F401
+        from models.architectures import ARCHITECTURES
+    except ImportError as error:
+        figures.write("", ended=f"not begun: {error}")
+        return False
     args.models = args.models or [name for name in ARCHITECTURES if not name.endswith("_v2")]
+    return True
 
 
 def install(wheels, folder):
     """Unpack wheels into a folder of their own and let this process and its children find them."""
     if wheels and not folder.exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", folder, *wheels]
-        subprocess.run(list(map(str, command)), check=True)
+        if subprocess.run(list(map(str, command)), check=False).returncode:
+            print("the wheels are not installed: they are for another Python or system", flush=True)
     if folder.exists():
         sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
@@ -162,7 +175,9 @@ def work(step, args, figures):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
-    step(Run(args, figures))
+    run = Run(args, figures)
+    use_device(run.device)  # as every command does, before anything else asks for the GPU
+    step(run)
 
 
 def write_tables(path, to):

@@ -3,7 +3,7 @@
     python benchmarks/step.py [--models ...] [--batch-sizes 2 16] [--rounds 5] [--objects 7] [--measure counts time beside memory]
 
 Operations and waits for the device are counted on a CPU, see `waits.py`; they do not depend on the pictures' size, so
-these are small. CPU time is that of forward, backward and update; the two ways alternate, and the ratio is the median
+these are small; but for one wait more for each further part of a batch that nms takes, see `MOST_BOXES_OF_NMS`. CPU time is that of forward, backward and update; the two ways alternate, and the ratio is the median
 of the rounds' own. "Beside" is the CPU time of one-stage models' forward and backward without backbone and head, the
 same code in both ways and nearly all of a step, whose noise hides the rest. Memory is the most that torch's allocator has lent out in a forward and backward, by its profiler, on
 top of weights and gradients.
