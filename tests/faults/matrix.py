@@ -100,6 +100,11 @@ def stop_process(job, rng):
     return "asked to stop: "
 
 
+def stop_in_start(job, rng):
+    stop_process(job, rng)
+    return "asked to stop: |stopped by SIGTERM"
+
+
 def stop_in_save(job, rng):
     job.wait_for(lambda: any(newest(job).parent.glob("*.tmp")))
     return stop_process(job, rng)
@@ -223,7 +228,7 @@ FAULTS = (
     Fault("P5 SIGTERM to every process", stop_everything, (0,), again=0),
     Fault("P6 Ctrl-C", interrupt, (0,), again=0),
     Fault("P6 Ctrl-C twice", interrupt_twice, (130, 1, 0)),
-    Fault("P7 SIGTERM in start-up", stop_process, (0,), moment="data", again=0),
+    Fault("P7 SIGTERM in start-up", stop_in_start, (0,), moment="data", again=0),
     Fault("P7 SIGTERM in an evaluation", stop_process, (0,), moment="evaluation", again=0),
     Fault("P7 SIGTERM while a checkpoint is written", stop_in_save, (0,), again=0),
     Fault("P8 SIGKILL of torchrun", kill_launcher, (-9,), torchrun=STANDALONE),
