@@ -230,32 +230,38 @@ class CheckpointFolder:
     Args:
         folder: Created when missing.
         keep: How many ``model_N.pth`` stay; 0 keeps all.
+        resumed_from: The run's checkpoint that it goes on from; by default the newest one.
     """
 
-    def __init__(self, folder: Path, keep: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int = 0, *, resumed_from: Path | None = None) -> None:
         self.folder, self.keep = folder, keep
         self.last_save_failed = False
         folder.mkdir(parents=True, exist_ok=True)
-        # A damaged newest one that an earlier run left must not take the place of the good one before it.
+        # What the next save keeps as the one before: never a damaged newest one that an earlier run left, nor one that
+        # is given up as the run has gone back to an older one.
         newest = folder / NEWEST
-        self._newest_is_whole = newest.exists() and sha256_of_file(newest) in _known_digests(newest)
+        is_whole = newest.exists() and sha256_of_file(newest) in _known_digests(newest)
+        self._before = resumed_from or (newest if is_whole else None)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
 
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> bool:
         """Write ``checkpoint.pth``, and after an epoch ``model_N.pth`` and perhaps ``best.pth``.
 
-        A full disk keeps what is there and is reported; training can go on.
+        Later epochs, which a run that has gone back gives up, are removed: they would pass for newer ones. A full disk
+        keeps what is there and is reported; training can go on.
 
         Returns:
             Whether everything was written.
         """
         newest = self.folder / NEWEST
         try:
-            if self._newest_is_whole:
-                link_checkpoint(newest, self.folder / PREVIOUS)
+            previous = self.folder / PREVIOUS
+            if self._before is not None and self._before != previous and self._before.exists():
+                link_checkpoint(self._before, previous)
             save_checkpoint(content, newest)
-            self._newest_is_whole = True
+            self._before = newest
+            self._remove_later(content["progress"]["epoch"])
             if epoch_done is not None:
                 link_checkpoint(newest, self.folder / f"model_{epoch_done}.pth")
                 self._remove_old()
@@ -271,12 +277,26 @@ class CheckpointFolder:
             )
         return not self.last_save_failed
 
+    def _remove_later(self, epoch: int) -> None:
+        """Remove the checkpoints of this epoch's end and of later ones: the run stands before them."""
+        later = sorted((number, path) for number, path in _epoch_files(self.folder) if number >= epoch)
+        if later:
+            names = ", ".join(path.name for _, path in later)
+            logger.warning("the run has gone back: %s of the epochs that it gave up are removed", names)
+        for _, path in later:
+            _remove(path)
+
     def _remove_old(self) -> None:
         if self.keep <= 0:
             return
         for _, path in sorted(_epoch_files(self.folder))[: -self.keep]:
-            path.unlink(missing_ok=True)
-            _hash_file(path).unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint with its hash."""
+    path.unlink(missing_ok=True)
+    _hash_file(path).unlink(missing_ok=True)
 
 
 def _size_of(value: Any) -> int:

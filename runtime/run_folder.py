@@ -88,7 +88,7 @@ class RunFolder:
             self.lock = lock_folder(path)
             logger.warning("%s held a run that is not continued (--resume auto would): it is now %s", path, aside)
         log_to_file(path / "log.txt")
-        self.checkpoints = CheckpointFolder(path / "weights", keep)
+        self.checkpoints = CheckpointFolder(path / "weights", keep, resumed_from=resumed_from if is_continued else None)
         self.trackers = build_trackers(path)
 
     @property

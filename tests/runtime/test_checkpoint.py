@@ -100,6 +100,28 @@ def test_so_many_epochs_are_kept_and_all_with_0(tmp_path, keep, left):
     assert sorted(tmp_path.glob("model_*.pth")) == [tmp_path / f"model_{epoch}.pth" for epoch in left]
 
 
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_run_that_went_back_leaves_nothing_newer_than_itself(tmp_path, keep, caplog):
+    """Whatever of its own is damaged later, the epochs that it gave up do not come back; the best one's file stays."""
+    folder = CheckpointFolder(tmp_path, keep)
+    for epoch in range(6):
+        folder.save(content(epoch + 1), epoch_done=epoch, is_best=epoch == 4)
+    assert "gave up" not in caplog.text
+    goal = tmp_path / "model_3.pth"
+    back = CheckpointFolder(tmp_path, keep, resumed_from=goal)
+    back.save(content(4, batches=1))
+    assert "model_4.pth, model_5.pth of the epochs that it gave up" in caplog.text
+    assert sorted(tmp_path.glob("model_*.pth"))[-1] == goal
+    assert not list(tmp_path.glob("model_[45].pth*"))
+    assert load_checkpoint(tmp_path / "best.pth")["progress"]["epoch"] == 5
+    (tmp_path / NEWEST).write_bytes(b"damaged")
+    assert find_newest(tmp_path)[1]["progress"] == {"epoch": 4, "batches": 0, "updates": 0}
+    again = CheckpointFolder(tmp_path, keep, resumed_from=tmp_path / PREVIOUS)
+    again.save(content(4, batches=2))
+    (tmp_path / NEWEST).write_bytes(b"damaged")
+    assert find_newest(tmp_path)[1]["progress"] == {"epoch": 4, "batches": 0, "updates": 0}
+
+
 def killed_between_hash_and_rename(path):
     """Leave a folder as a SIGKILL does after the hash file was written and before the checkpoint was renamed."""
     hashes = path.with_name(path.name + ".sha256")
