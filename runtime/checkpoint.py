@@ -30,6 +30,7 @@ CHECKPOINT_FORMAT = 1
 
 NEWEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+BEST = "best.pth"
 
 
 class CheckpointError(ValueError):
@@ -172,7 +173,7 @@ def _near_miss(path: Path) -> str:
     """Return a hint where the file lies one folder further down."""
     candidates = [path.parent / "weights" / path.name]
     if path.is_dir():
-        candidates = [folder / name for folder in (path, path / "weights") for name in ("best.pth", NEWEST)]
+        candidates = [folder / name for folder in (path, path / "weights") for name in (BEST, NEWEST)]
     return next((f"; did you mean {below}?" for below in candidates if below.is_file()), "")
 
 
@@ -266,7 +267,7 @@ class CheckpointFolder:
                 link_checkpoint(newest, self.folder / f"model_{epoch_done}.pth")
                 self._remove_old()
             if is_best:
-                link_checkpoint(newest, self.folder / "best.pth")
+                link_checkpoint(newest, self.folder / BEST)
             self.last_save_failed = False
         except OSError as error:
             self.last_save_failed = True
@@ -276,6 +277,17 @@ class CheckpointFolder:
                 *(newest, error.strerror or error, _size_of(content) >> 20, free >> 20),
             )
         return not self.last_save_failed
+
+    def best_epoch(self) -> int | None:
+        """Return the epoch that ``best.pth`` is of, as it says itself; None where there is none, or a damaged one."""
+        path = self.folder / BEST
+        if not path.exists():
+            return None
+        try:
+            return load_checkpoint(path)["progress"]["epoch"] - 1
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            return None
 
     def _remove_later(self, epoch: int) -> None:
         """Remove the checkpoints of this epoch's end and of later ones: the run stands before them."""

@@ -97,9 +97,9 @@ class RunFolder:
         return self.checkpoints is not None and self.checkpoints.last_save_failed
 
     def best_epoch(self) -> int | None:
-        """Return the epoch that ``best/`` and ``weights/best.pth`` are of, the same on all processes."""
+        """Return the epoch that ``weights/best.pth`` is of, the same on all processes; None without a readable one."""
         meet("prepare the run's folder")
-        return broadcast_json(read_summary(self.path / BEST_EVAL).get("epoch") if self.path and rank() == 0 else None)
+        return broadcast_json(self.checkpoints.best_epoch() if self.checkpoints is not None else None)
 
     def save(self, content: dict[str, Any], *, epoch_done: int | None = None, is_best: bool = False) -> None:
         """Write a checkpoint, see `CheckpointFolder.save`."""

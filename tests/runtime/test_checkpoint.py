@@ -100,6 +100,16 @@ def test_so_many_epochs_are_kept_and_all_with_0(tmp_path, keep, left):
     assert sorted(tmp_path.glob("model_*.pth")) == [tmp_path / f"model_{epoch}.pth" for epoch in left]
 
 
+def test_the_best_epoch_is_that_of_its_file(tmp_path, caplog):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.best_epoch() is None
+    for epoch in range(3):
+        folder.save(content(epoch + 1), epoch_done=epoch, is_best=epoch == 1)
+    assert folder.best_epoch() == CheckpointFolder(tmp_path).best_epoch() == 1
+    (tmp_path / "best.pth").write_bytes(b"damaged")
+    assert folder.best_epoch() is None and "best.pth: damaged" in caplog.text
+
+
 @pytest.mark.parametrize("keep", [0, 3])
 def test_a_run_that_went_back_leaves_nothing_newer_than_itself(tmp_path, keep, caplog):
     """Whatever of its own is damaged later, the epochs that it gave up do not come back; the best one's file stays."""

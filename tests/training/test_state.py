@@ -25,7 +25,7 @@ from models.batched_step import use_batched_step
 from optimization.optimizer import build_optimizer
 from optimization.schedule import LearningRate
 from optimization.weight_average import WeightAverage
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.progress import Progress
 from runtime.saved_model import rebuild_model
 from runtime.trackers import append_metrics
@@ -258,8 +258,7 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys, 
     assert json.loads((again / "metrics.jsonl").read_text())["bbox"] == lines[0]["bbox"]
 
     # Epoch 7 of a continuation that was given up is the best in the folder: going on from here, the best is another.
-    summary = json.loads((out / "best" / "summary.json").read_text())
-    (out / "best" / "summary.json").write_text(json.dumps({**summary, "epoch": 7}))
+    save_checkpoint({**best, "progress": {**best["progress"], "epoch": 8}}, out / "weights" / "best.pth")
     flags = (*common, "--ema", "0.9", "--epochs", "3", "--resume", "auto", "--output-dir", out)
     assert run(*flags) == 0
     assert "holds epoch 7 as the best, the checkpoint knows epoch 0" in capsys.readouterr().out
