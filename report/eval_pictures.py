@@ -122,12 +122,13 @@ def detections_of(
     """Return the detections of image ``i`` of at least that score, best first, `MAX_SHOWN` at most.
 
     Args:
-        of_image: Records by kind of score in one order, those of keypoints perhaps fewer.
+        of_image: Records by kind of score in one order, those of keypoints perhaps fewer; with the file's own ids.
         annotations: Gives the size of the image, and the number of keypoints.
         i: Position of the image in ``annotations``.
         lowest_score: For the boxes.
     """
     boxes, masks, points = of_image["bbox"], of_image.get("segm"), of_image.get("keypoints")
+    number_of = {annotations.own_id(id_): id_ for id_, _ in annotations.categories}
     chosen = [n for n, record in enumerate(boxes) if record["score"] >= lowest_score]
     chosen = sorted(chosen, key=lambda n: -boxes[n]["score"])[:MAX_SHOWN]
     blocks: list[MaskBlock] | None = None
@@ -145,7 +146,7 @@ def detections_of(
                 record = next(rest, None)
         keypoints = aligned[chosen]
     return Detections(
-        np.array([boxes[n]["category_id"] for n in chosen], dtype=np.int64),
+        np.array([number_of[boxes[n]["category_id"]] for n in chosen], dtype=np.int64),
         np.array([boxes[n]["score"] for n in chosen], dtype=np.float64),
         np.array([boxes[n]["bbox"] for n in chosen], dtype=np.float64).reshape(-1, 4),
         blocks,

@@ -44,7 +44,7 @@ def evaluate_once(data, run_dir, task, *, epoch, noise, seed=0, with_predictions
     sizes = {
         int(id_): (int(h), int(w)) for id_, h, w in zip(annotations.image_ids, annotations.heights, annotations.widths)
     }
-    writer = PredictionWriter(run_dir, KINDS[task], sizes)
+    writer = PredictionWriter(run_dir, KINDS[task], sizes, annotations.id_texts)
     for i, image_id in enumerate(sizes):
         detections = near_truth(annotations, i, rng, noise)
         evaluator.add(image_id, detections)

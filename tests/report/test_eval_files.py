@@ -239,6 +239,23 @@ def test_a_report_that_fails_is_a_warning(mask_data, tmp_path, caplog, monkeypat
     assert f"no complete report in {tmp_path}: ZeroDivisionError: division by zero" in caplog.text
 
 
+def test_pictures_are_drawn_where_all_ids_are_text(tmp_path, caplog):
+    path = draw_coco(tmp_path / "coco") / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for record, key in (
+        *((r, "id") for r in (*content["images"], *content["categories"])),
+        *((r, key) for r in content["annotations"] for key in ("image_id", "category_id")),
+    ):
+        record[key] = f"no. {record[key]}"
+    path.write_text(json.dumps(content))
+    data = load_data(Source("coco", tmp_path / "coco"), "mask", test_only=True)
+    evaluator, _ = evaluate_once(data, tmp_path / "run", "mask", epoch=0, noise=1)
+    assert "no complete report" not in caplog.text
+    pictures = json.loads((tmp_path / "run" / "eval" / "pictures.json").read_text())["pictures"]
+    shown = {o[0] for picture in pictures for o in picture["objects"] if o[1] is not None}
+    assert shown == {id_ for id_, _ in evaluator.annotations.categories}
+
+
 def test_strange_names_and_empty_images_are_drawn(tmp_path, caplog):
     root = draw_coco(tmp_path / "coco")
     path = root / "annotations" / "instances_val2017.json"
