@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -76,6 +76,8 @@ def results_of(
 class PredictionWriter:
     """Writes ``predictions_<kind>.json`` for each kind of score, the same file at any number of processes.
 
+    Where that fails none is left, not even that of an evaluation before: it would pass for this one's.
+
     Args:
         folder: Where to; all processes must see the same one.
         iou_types: Kinds to write.
@@ -92,9 +94,15 @@ class PredictionWriter:
     ) -> None:
         self.folder, self.sizes, self.id_texts = folder, sizes, dict(id_texts)
         self.order = {image_id: position for position, image_id in enumerate(sizes)}
+        self.iou_types, self.shards = iou_types, dict[str, IO[str]]()
         self.has_failed = False
-        folder.mkdir(parents=True, exist_ok=True)
-        self.shards = {t: self._shard(t, rank()).open("w") for t in iou_types}
+        with self._disk_error_noted():
+            folder.mkdir(parents=True, exist_ok=True)
+            for iou_type in iou_types:
+                self.shards[iou_type] = self._shard(iou_type, rank()).open("w")
+
+    def _path(self, iou_type: str) -> Path:
+        return self.folder / f"predictions_{iou_type}.json"
 
     def _shard(self, iou_type: str, of_rank: int) -> Path:
         return self.folder / f"predictions_{iou_type}.{of_rank}.tmp"
@@ -131,28 +139,32 @@ class PredictionWriter:
             with self._disk_error_noted():
                 shard.close()
         has_failed = bool(all_reduce_max(torch.tensor([float(self.has_failed)])))
-        if rank() == 0 and keep and not has_failed:
-            for iou_type in self.shards:
+        if rank() == 0 and keep:
+            with self._disk_error_noted():
+                has_failed = has_failed or not all(self._join(iou_type) for iou_type in self.iou_types)
+            for iou_type in self.iou_types if has_failed or self.has_failed else ():
                 with self._disk_error_noted():
-                    self._join(iou_type)
+                    self._path(iou_type).unlink(missing_ok=True)
         barrier()
         for iou_type in self.shards:
             self._shard(iou_type, rank()).unlink(missing_ok=True)
         barrier()
 
-    def _join(self, iou_type: str) -> None:
+    def _join(self, iou_type: str) -> bool:
+        """Write the file; returns whether all shards are there."""
         paths = [self._shard(iou_type, r) for r in range(world_size())]
         missing = [path for path in paths if not path.exists()]
         if missing:
             logger.error("no predictions written: %s is missing; do all machines share the folder?", missing[0])
-            return
-        with write_aside(self.folder / f"predictions_{iou_type}.json") as temporary, temporary.open("w") as file:
+            return False
+        with write_aside(self._path(iou_type)) as temporary, temporary.open("w") as file:
             separator = "["
             for _, records in heapq.merge(*map(_read_lines, paths), key=lambda line: line[0]):
                 for record in records:
                     file.write(separator + json.dumps(record))
                     separator = ",\n"
             file.write("]\n" if separator != "[" else "[]\n")
+        return True
 
 
 def _read_lines(path: Path) -> Iterator[Any]:

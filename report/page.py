@@ -53,6 +53,9 @@ def publish(
         is_best: Whether it is the best epoch so far: its files are kept in ``best``.
     """
     started = time.perf_counter()
+    names = [f"predictions_{kind}.json" for kind in evaluator.iou_types]
+    if predictions_dir is not None and not all((predictions_dir / name).is_file() for name in names):
+        predictions_dir = None  # they could not be written, as the log says
     try:
         write_evaluation(run_dir, evaluator, evaluation, split, epoch=epoch, predictions_dir=predictions_dir)
         if is_best:

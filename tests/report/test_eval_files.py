@@ -233,6 +233,19 @@ def test_a_missing_library_costs_its_files_and_one_line(library, mask_data, tmp_
     assert (tmp_path / "best" / "figures.csv").exists() and list((tmp_path / "eval").glob("*.jpg"))
 
 
+@pytest.mark.parametrize("noticed", ["while writing", "at the end"])
+def test_an_evaluation_without_predictions_shows_none_of_the_one_before(mask_data, tmp_path, caplog, noticed):
+    evaluate_once(mask_data, tmp_path, "mask", epoch=0, noise=1)
+    blocked = tmp_path / ("predictions_segm.0.tmp" if noticed == "while writing" else "predictions_segm.json")
+    blocked.unlink(missing_ok=True)
+    blocked.mkdir()  # a folder in the place of the file stands for a disk that cannot be written
+    evaluate_once(mask_data, tmp_path, "mask", epoch=1, noise=1)
+    assert caplog.text.count("no predictions are written: ") == 1 and "no complete report" not in caplog.text
+    assert not [path for path in tmp_path.glob("**/predictions*") if path != blocked]
+    for folder in ("eval", "best"):
+        assert read_summary(tmp_path / folder)["epoch"] == 1 and not list((tmp_path / folder).glob("*.jpg"))
+
+
 def test_a_report_that_fails_is_a_warning(mask_data, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(page, "write_page", lambda run_dir: 1 / 0)
     evaluate_once(mask_data, tmp_path, "mask", epoch=0, noise=1)
