@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 # What `EpochLog.finish` and `TrainingState.end_epoch` note beside the losses.
-NO_LOSSES = ("seconds", "img_per_s", "data_wait", "max_mem_mb", "lr")
+NO_LOSSES = ("seconds", "img_per_s", "data_wait", "max_mem_mb", "bad_batches", "lr")
 
 
 def publish(

@@ -41,7 +41,7 @@ class EpochLog:
         self.title, self.num_steps, self.print_freq, self.device = title, num_steps, print_freq, device
         self.names: list[str] = []
         self.pending: list[Tensor] = []
-        self.totals: Tensor | None = None
+        self.totals: Tensor | None = None  # of the losses, and how many batches they are of
         self.count = 0
         self.images = self.images_printed = 0
         self.wait = self.wait_printed = 0.0
@@ -67,12 +67,21 @@ class EpochLog:
             self._print(record.lr)
 
     def _flush(self) -> Tensor:
-        """Return the mean of the pending losses over steps and ranks, on the CPU, and add them to the totals."""
+        """Return the mean of the pending losses over steps and ranks, on the CPU, and add them to the totals.
+
+        Batches with a loss that is not finite are left out of both.
+        """
         recent = torch.stack(self.pending).to("cpu", torch.float64)
         self.pending = []
-        total = all_reduce_sum(recent.sum(dim=0)) / world_size()
+        recent = recent[torch.isfinite(recent).all(dim=1)]
+        total = all_reduce_sum(torch.cat([recent.sum(dim=0), recent.new_tensor([len(recent)])]))
         self.totals = total if self.totals is None else self.totals + total
-        return total / len(recent)
+        return total[:-1] / total[-1]
+
+    def _bad_batches(self) -> int:
+        """Return how many batches of all ranks were left out of the totals."""
+        assert self.totals is not None
+        return self.count * world_size() - int(self.totals[-1])
 
     def _print(self, lr: float) -> None:
         recent = self._flush()
@@ -82,12 +91,14 @@ class EpochLog:
         waited = (self.wait - self.wait_printed) / seconds
         eta = datetime.timedelta(seconds=int((now - self.start) / self.count * (self.num_steps - self.count)))
         assert self.totals is not None
-        mean = self.totals / self.count
+        mean = self.totals[:-1] / self.totals[-1]
         terms = [f"{name}: {a:.4f} ({b:.4f})" for name, a, b in zip(self.names, recent, mean)]
         head = [f"lr: {lr:.6f}", f"loss: {recent.sum():.4f} ({mean.sum():.4f})"]
         tail = [f"img/s: {images / seconds:.1f}", f"data wait: {waited:.0%}"]
         if self.device.type == "cuda":
             tail.append(f"max mem: {peak_memory_mb(self.device)} MB")
+        if bad := self._bad_batches():
+            tail.append(f"bad batches: {bad}")
         if self.bar.disable:
             line = [f"{self.title} [{self.count}/{self.num_steps}]", f"eta: {eta}", *head, *terms, *tail]
             logger.info("%s", "  ".join(line))
@@ -96,16 +107,23 @@ class EpochLog:
         self.last_print, self.images_printed, self.wait_printed = now, self.images, self.wait
 
     def finish(self) -> dict[str, float]:
-        """Return the epoch's averages: ``loss``, each term, ``img_per_s``, ``data_wait`` (a share), ``seconds``."""
+        """Return the epoch's averages: ``loss``, each term, ``img_per_s``, ``data_wait`` (a share), ``seconds``.
+
+        Where there were some also ``bad_batches``: how many, over all ranks, had a loss that was not finite. They are
+        left out of the means; where all are, there is no loss.
+        """
         if self.pending:
             self._flush()
         self.bar.close()
         seconds = max(time.perf_counter() - self.start, 1e-9)
         images = float(all_reduce_sum(torch.tensor([float(self.images)])))
         averages = {"seconds": seconds, "img_per_s": images / seconds, "data_wait": self.wait / seconds}
-        if self.totals is not None and self.count:
-            mean = (self.totals / self.count).tolist()
-            averages = {"loss": sum(mean), **dict(zip(self.names, mean)), **averages}
+        if self.totals is not None:
+            if bad := self._bad_batches():
+                averages["bad_batches"] = float(bad)
+            if self.totals[-1]:
+                mean = (self.totals[:-1] / self.totals[-1]).tolist()
+                averages = {"loss": sum(mean), **dict(zip(self.names, mean)), **averages}
         if self.device.type == "cuda":
             averages["max_mem_mb"] = float(peak_memory_mb(self.device))
         return averages

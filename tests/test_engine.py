@@ -128,6 +128,23 @@ def test_skip_leaves_out_the_update_and_nothing_else():
     assert torch.allclose(model.layer.weight, plain.layer.weight, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad_ids", [[5], range(100)])
+def test_a_loss_that_is_not_finite_is_left_out_of_the_epoch_s_mean_and_counted(caplog, bad_ids):
+    caplog.set_level("INFO")
+    losses = []
+
+    class Watch(Tracker):
+        def on_step(self, record):
+            losses.append(float(record.losses.sum()))
+
+    averages, _ = train(fresh(bad_ids=bad_ids), on_nan="skip", trackers=[Watch()])
+    kept = [loss for loss in losses if np.isfinite(loss)]
+    assert averages.get("loss") == (pytest.approx(np.mean(kept), rel=1e-6) if kept else None)
+    assert averages["bad_batches"] == 6 - len(kept) > 0 and np.isfinite(list(averages.values())).all()
+    assert f"bad batches: {6 - len(kept)}" in caplog.text
+    assert "bad_batches" not in train(fresh())[0]
+
+
 class NormedModel(ToyModel):
     """Its bad images are not numbers from the first layer on, as a broken picture is."""
 

@@ -1,6 +1,7 @@
 """One evaluation of a model, from images to figures, report and predictions on disk."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Evaluation:
         plain: dict[str, Any] = {**result.metrics, "per_class": result.per_class, "intervals": self.intervals}
         plain |= {"keypoint_errors": result.keypoint_errors, "settings": {**result.settings, **versions()}}
         if self.losses:
-            plain["val_loss"] = self.losses
+            # What reads json strictly takes no NaN.
+            plain["val_loss"] = {name: x if math.isfinite(x) else None for name, x in self.losses.items()}
         return plain | (self.analysis.to_plain() if self.analysis is not None else {})
 
 

@@ -1,5 +1,6 @@
 """Each of the nine models scores the same digits on one and on three processes, and in any workers' hands."""
 
+import json
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -8,17 +9,26 @@ import pytest
 import torch
 
 from coco_eval import CocoEvaluator
+from evaluation.eval_result import EvalResult
 from helpers.ranks import run_on_ranks
 from helpers.shaken import limit_proposals, shake
 from loading.loaders import build_val_loader
 from loading.split import Split
 from loading.splits import Data, Source, load_data
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
-from training.evaluate_model import EvalSetup, evaluate_model
+from training.evaluate_model import EvalSetup, Evaluation, evaluate_model
 from utils import Distributed
 
 NINE = [name for name in ARCHITECTURES if not name.endswith("_v2")]
 NUM_IMAGES = 4  # not the same number for each of three processes
+
+
+def test_a_validation_loss_that_is_not_finite_is_none_in_plain_values():
+    """As in metrics.jsonl: NaN is no JSON."""
+    result = EvalResult({"bbox": {"AP": 0.5}}, {}, {})
+    plain = Evaluation(result, None, losses={"loss": float("nan"), "loss_a": float("inf"), "loss_b": 0.5}).to_plain()
+    assert plain["val_loss"] == {"loss": None, "loss_a": None, "loss_b": 0.5}
+    json.dumps(plain, allow_nan=False)
 
 
 def first_images(data):
