@@ -69,11 +69,12 @@ def train_one_epoch(
     model.train()
     sampler = loader.batch_sampler
     assert isinstance(sampler, GroupedBatchSampler)
-    log = EpochLog(f"Epoch: [{progress.epoch}]", len(sampler), options.print_freq, loader.device)
+    first, num_steps = sampler.first_step, len(sampler)
+    log = EpochLog(f"Epoch: [{progress.epoch}]", num_steps, options.print_freq, loader.device, first_step=first)
     guard = StepGuard(loader.device, stop, progress, options)
     statistics = RunningStatistics(model)
     for step, (images, targets) in enumerate(log.time_waits(loader)):  # on the device when they arrive
-        is_update = (step + 1) % options.accumulate == 0 or step + 1 == len(sampler)
+        is_update = (step + 1) % options.accumulate == 0 or step + 1 == num_steps
         # Randomness depends on the position alone, so that a resumed step equals the uninterrupted one.
         seed_torch(options.seed, "step", progress.epoch, sampler.batch_number(step))
         lr = learning_rate.set(optimizer, progress.epoch, progress.updates)
@@ -84,7 +85,8 @@ def train_one_epoch(
 
         losses = torch.stack(list(loss_dict.values()))  # stays on the device: reading it would wait for the step
         updates = progress.updates + is_update
-        record = StepRecord(progress.epoch, step, updates, is_update, lr, list(loss_dict), losses, images, targets)
+        where = progress.epoch, first + step, updates, is_update
+        record = StepRecord(*where, lr, list(loss_dict), losses, images, targets)
         for tracker in trackers:
             tracker.on_step(record)
         non_finite = guard.reduce_flags(losses)  # two numbers over all ranks: they skip or stop together

@@ -121,6 +121,11 @@ class GroupedBatchSampler(Sampler[list[tuple[int, ...]]]):
         """Choose the epoch, and how many batches of its global list are done already."""
         self.epoch, self.first_batch = epoch, first_batch
 
+    @property
+    def first_step(self) -> int:
+        """How many steps such processes take for the batches that are done already: the next step's number."""
+        return -(-self.first_batch // self.world_size)
+
     def __len__(self) -> int:
         """Return the number of batches that this process still has in the epoch."""
         return -(-(self.num_batches - self.first_batch) // self.world_size)

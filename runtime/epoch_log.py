@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 
-def progress_bar(title: str, total: int) -> tqdm:
+def progress_bar(title: str, total: int, initial: int = 0) -> tqdm:
     """Return a live bar on the terminal; a bar that shows nothing on other processes, in pipes and in files."""
     shows = rank() == 0 and sys.stdout.isatty()
-    return tqdm(total=total, desc=title, unit="batch", file=sys.stdout, dynamic_ncols=True, disable=not shows)
+    look = {"file": sys.stdout, "dynamic_ncols": True, "disable": not shows}
+    return tqdm(total=total, desc=title, unit="batch", initial=initial, **look)
 
 
 class EpochLog:
@@ -32,13 +33,17 @@ class EpochLog:
 
     Args:
         title: Start of the bar, or of every line.
-        num_steps: Length of the epoch.
+        num_steps: How many are to come.
         print_freq: Steps between lines.
         device: Where losses are.
+        first_step: How many of the epoch's steps were taken before.
     """
 
-    def __init__(self, title: str, num_steps: int, print_freq: int, device: torch.device) -> None:
+    def __init__(
+        self, title: str, num_steps: int, print_freq: int, device: torch.device, *, first_step: int = 0
+    ) -> None:
         self.title, self.num_steps, self.print_freq, self.device = title, num_steps, print_freq, device
+        self.first_step = first_step
         self.names: list[str] = []
         self.pending: list[Tensor] = []
         self.totals: Tensor | None = None  # of the losses, and how many batches they are of
@@ -46,7 +51,7 @@ class EpochLog:
         self.images = self.images_printed = 0
         self.wait = self.wait_printed = 0.0
         self.start = self.last_print = time.perf_counter()
-        self.bar = progress_bar(title, num_steps)
+        self.bar = progress_bar(title, first_step + num_steps, initial=first_step)
 
     def time_waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield ``batches`` and note how long each was waited for."""
@@ -100,7 +105,8 @@ class EpochLog:
         if bad := self._bad_batches():
             tail.append(f"bad batches: {bad}")
         if self.bar.disable:
-            line = [f"{self.title} [{self.count}/{self.num_steps}]", f"eta: {eta}", *head, *terms, *tail]
+            place = f"[{self.first_step + self.count}/{self.first_step + self.num_steps}]"
+            line = [f"{self.title} {place}", f"eta: {eta}", *head, *terms, *tail]
             logger.info("%s", "  ".join(line))
         else:
             self.bar.set_postfix_str("  ".join([*head, *tail]), refresh=False)

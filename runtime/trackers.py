@@ -29,7 +29,7 @@ class StepRecord:
 
     Attributes:
         epoch: From 0.
-        step: Within the epoch.
+        step: Within the epoch, from 0; a run that goes on inside an epoch counts on.
         updates: Optimizer updates since the start of the run, this step's included.
         is_update: Whether the optimizer takes a step after it.
         lr: Rate of its update.

@@ -145,6 +145,24 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_epoch_s_mean_and_counted(c
     assert "bad_batches" not in train(fresh())[0]
 
 
+def test_a_step_keeps_its_number_where_a_run_goes_on_inside_the_epoch(caplog):
+    """So that a bad batch's name and file tell which it was, and do not replace one of before."""
+    caplog.set_level("INFO")
+    seen = {}
+
+    class Watch(Tracker):
+        def on_step(self, record):
+            batches.setdefault(record.step, [target["image_id"] for target in record.targets])
+
+    for first in (0, 4):
+        batches, order = seen.setdefault(first, {}), sampler()
+        order.set_epoch(0, first)
+        train(fresh(), loader=ToyLoader(order), progress=Progress(batches=first, updates=first), trackers=[Watch()])
+    assert list(seen[0]) == [0, 1, 2, 3, 4, 5] and seen[4] == {step: seen[0][step] for step in (4, 5)}
+    places = [line.partition("  ")[0] for line in caplog.messages if line.startswith("Epoch")]
+    assert places == [f"Epoch: [0] [{step}/6]" for step in (1, 3, 6, 5, 6)]
+
+
 class NormedModel(ToyModel):
     """Its bad images are not numbers from the first layer on, as a broken picture is."""
 
