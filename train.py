@@ -41,6 +41,7 @@ from models.acceleration import (
     compile_backbone,
     cut_masks_by_kernel,
     distribute,
+    kept_settings,
     profile_steps,
     typical_inputs,
     use_channels_last,
@@ -366,6 +367,8 @@ def verify_resume(args: argparse.Namespace, distributed: Distributed, stop: Stop
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Do what the flags say, for a program or a notebook; may be called several times in one process.
 
+    Signal handlers and what flags set for all of torch are afterwards as before.
+
     Returns:
         The figures of the last evaluation, as in a line of ``metrics.jsonl``: ``run([...])["bbox"]["AP"]``; empty
         without an evaluation.
@@ -379,8 +382,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     last = LastScores()
     stop = StopRequest()
     try:
-        if code := _run(argv, stop, [last]):
-            raise RunError(f"train.py has ended with {code}; the lines above say why")
+        with kept_settings():
+            if code := _run(argv, stop, [last]):
+                raise RunError(f"train.py has ended with {code}; the lines above say why")
     finally:
         stop.remove()
     return last.scores

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,24 @@ PROFILE_ITEMS = 10
 
 # How often a compiled backbone is timed beside the plain one.
 COMPILE_TIMINGS = 3
+
+
+@contextlib.contextmanager
+def kept_settings() -> Iterator[None]:
+    """Leave the settings of torch and torchvision that a run changes for its whole process as they are found."""
+    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    chosen = cudnn.deterministic, cudnn.benchmark
+    strictness = torch.get_deterministic_debug_mode()
+    workspace, cut = os.environ.get(variable), roi_heads.roi_align
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = chosen
+        torch.set_deterministic_debug_mode(strictness)
+        roi_heads.roi_align = cut  # see `cut_masks_by_kernel`
+        os.environ.pop(variable, None)
+        if workspace is not None:
+            os.environ[variable] = workspace
 
 
 def use_channels_last(model: nn.Module) -> None:
