@@ -151,7 +151,8 @@ def main(
     progress, started = state.progress, time.monotonic()
     predictions_dir = output_dir if args.save_predictions else None
     with profile_steps(args.profile if distributed.is_main else 0, output_dir, device) as end_step:
-        trackers = [*trackers, CallEachStep(end_step), EndOfUpdate(state, output, args.checkpoint_every)]
+        end_of_update = EndOfUpdate(state, output, args.checkpoint_every)
+        trackers = [*trackers, *output.trackers, CallEachStep(end_step), end_of_update]
         while not agree_to_stop(stop):
             if progress.eval_due:
                 broadcast_buffers(state.scored_model)
@@ -159,7 +160,7 @@ def main(
                 if evaluation is None:  # asked to stop meanwhile: the evaluation starts again when the run is continued
                     continue
                 epoch, is_best = progress.epoch - 1, state.end_evaluation(evaluation.to_plain(), args.best_metric)
-                for tracker in (*trackers, *output.trackers):
+                for tracker in trackers:
                     tracker.on_scores(epoch, state.averages, state.metrics)
                 if output.path is not None and distributed.is_main:
                     publish(output.path, eval_setup.evaluator, evaluation, data.val, epoch, predictions_dir, is_best)
@@ -179,7 +180,7 @@ def main(
             )
             epoch_done = state.end_epoch(averages, sampler.num_batches, args.eval_every, args.epochs)
             if epoch_done is not None:
-                for tracker in (*trackers, *output.trackers):
+                for tracker in trackers:
                     tracker.on_epoch(epoch_done, state.averages)
             output.save(state.content(), epoch_done=epoch_done)
     logger.info("asked to stop: %s%s", state.where_stopped(), ", NOT saved" if output.last_save_failed else "")

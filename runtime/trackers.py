@@ -1,6 +1,6 @@
 """Who is told how a training goes: the losses of every step, and the figures of every epoch.
 
-To log somewhere else, write a `Tracker` and add it to `RunFolder.trackers`.
+To log somewhere else, write a `Tracker` and add it in `build_trackers`.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """The command line as users run it: flags, errors, training, scores that repeat."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.models.detection import roi_heads
 
 import train
 from helpers.drawn import draw_coco
@@ -16,6 +18,8 @@ from helpers.runs import QUICK, lines, run, train_on_rank, train_once
 from helpers.thin import use_thin_models
 from loading.splits import COCO_NAMES
 from models.architectures import ARCHITECTURES, ModelSpec, build_model
+from runtime import run_folder
+from runtime.trackers import Tracker
 from training.run_plan import REHEARSED_STEPS, rehearse
 
 SMALL = ["--min-size", "64", "--max-size", "100"]
@@ -476,17 +480,50 @@ def test_a_rehearsal_takes_the_steps_of_training(drawn_coco, monkeypatch):
     assert options.accumulate == 2 and (state["scale"] != 65536.0 or state["_growth_tracker"] == 1 + REHEARSED_STEPS)
 
 
-def test_a_run_from_python_returns_its_figures_and_leaves_signals_alone(tmp_path, drawn_coco):
+class Heard(Tracker):
+    """Notes what it hears of, and what holds for the whole process meanwhile."""
+
+    def __init__(self):
+        self.of, self.settings = set(), []
+
+    def on_step(self, record):
+        self.of.add("step")
+        self.settings.append(process_settings())
+
+    def on_update(self, record, may_save):
+        self.of.add("update")
+
+    def on_epoch(self, epoch, averages):
+        self.of.add("epoch")
+
+    def on_scores(self, epoch, averages, scores):
+        self.of.add("scores")
+
+
+def process_settings():
+    cudnn = torch.backends.cudnn
+    strict = torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return cudnn.deterministic, cudnn.benchmark, *strict, roi_heads.roi_align
+
+
+def test_a_run_from_python_returns_its_figures_and_leaves_the_process_alone(tmp_path, drawn_coco, monkeypatch):
+    """What writes into its folder hears of every step, update, epoch and evaluation."""
+    build, heard, before = run_folder.build_trackers, Heard(), process_settings()
+    monkeypatch.setattr(run_folder, "build_trackers", lambda folder: [*build(folder), heard])
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     flags = ["--data-path", drawn_coco, "--model", "ssdlite320_mobilenet_v3_large", "--batch-size", "2"]
     flags = [str(flag) for flag in [*QUICK, *flags]]
-    figures = train.run([*flags, "--output-dir", str(tmp_path / "a")])
+    figures = train.run([*flags, "--output-dir", str(tmp_path / "a"), "--use-deterministic-algorithms"])
+    assert heard.of == {"step", "update", "epoch", "scores"}
+    assert heard.settings[0][2:4] == (True, ":4096:8") and heard.settings[0][4] is not before[4]
+    assert process_settings() == before
     (line,) = lines(tmp_path / "a")
     assert figures["bbox"] == line["bbox"] and "AP" in figures["bbox"] and figures["per_class"] == line["per_class"]
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     again = train.run([*flags, "--test-only", "--resume", str(tmp_path / "a" / "weights" / "checkpoint.pth")])
     assert again["bbox"] == figures["bbox"]
     assert train.run([*flags, "--dry-run"]) == {}
+    assert process_settings() == before
 
 
 def test_a_failure_is_an_error_in_python(tmp_path, drawn_coco):
