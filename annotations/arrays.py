@@ -236,13 +236,14 @@ def cached_annotations(
                 return load_annotations(path)
             except Exception as error:  # damaged by a crash or a full disk: build it anew
                 logger.warning("annotation cache %s is unreadable (%s): building it anew", path, error)
-        of_files = _stamp_of_files(files)  # as they are before they are read
+        # As all are before they are read: one that changes meanwhile is read again by the next start.
+        stamp = {**_stamp(source, with_hash=True), **_stamp_of_files(files)} if problem is None else {}
         annotations = build()
         try:
             if problem is not None:
                 raise problem
             save_annotations(annotations, path)
-            _write_stamp(stamp_path, {**_stamp(source, with_hash=True), **of_files})
+            _write_stamp(stamp_path, stamp)
             return load_annotations(path)
         except (OSError, WaitError) as error:
             logger.warning("no annotation cache in %s (%s); every start reads %s anew", cache_dir, error, source)

@@ -324,6 +324,9 @@ def check_decoding(
 class FileMemory:
     """Remembers one plain value per file as long as the file's size and time stay the same.
 
+    Those count that a file has when it is first asked for, before it is read: one that changes meanwhile is looked at
+    again by the next start.
+
     Args:
         kind: What the values say; part of the cache file's name.
         root: The folder of the files.
@@ -334,19 +337,21 @@ class FileMemory:
         key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
         self.path = (cache_dir or default_cache_dir()) / f"{kind}-{key}.json"
         self.values: dict[str, Any] = {}
+        self.stamps: dict[Path, str] = {}
         try:
             content = json.loads(self.path.read_text())
             self.values = content if isinstance(content, dict) else dict.fromkeys(content, True)
         except (OSError, ValueError, TypeError):
             pass
 
-    @staticmethod
-    def _stamp(path: Path) -> str:
-        try:
-            status = path.stat()
-        except OSError:
-            return ""
-        return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    def _stamp(self, path: Path) -> str:
+        if path not in self.stamps:
+            try:
+                status = path.stat()
+            except OSError:
+                return ""
+            self.stamps[path] = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        return self.stamps[path]
 
     def get(self, path: Path) -> Any:
         """Return what is known of a file, None where nothing is."""

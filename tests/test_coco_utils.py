@@ -318,6 +318,19 @@ def test_the_cache_gives_the_same_arrays_and_notices_a_changed_file(tmp_path):
     assert first.file_name(1) == "000001.png"
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again_by_the_next_start(tmp_path):
+    path, later = write(tmp_path, content()), content()
+    later["images"].append({**later["images"][0], "id": 99, "file_name": "new.png"})
+
+    def build():
+        annotations = read_coco(path)
+        path.write_text(json.dumps(later))
+        return annotations
+
+    before = len(cached_annotations(path, build, tmp_path / "cache"))
+    assert len(cached_annotations(path, lambda: read_coco(path), tmp_path / "cache")) == before + 1
+
+
 def test_a_damaged_cache_is_built_anew_and_a_read_only_folder_does_no_harm(tmp_path):
     path = write(tmp_path, content())
     cache = tmp_path / "cache"
