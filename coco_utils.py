@@ -238,6 +238,7 @@ def annotations_from_records(
     findings.raise_errors()
 
     keep_image, order, counts = _kept_by_image(findings, image_of_object, len(images))
+    without_objects = np.setdiff1d(np.flatnonzero(~keep_image), image_of_object)
     name_bytes, name_starts = join_bytes([file_names[i].encode() for i in np.flatnonzero(keep_image)])
     polygons = [segmentations.polygons[n] for n in order]
     rle_bytes, rle_starts = join_bytes([segmentations.rles[n] for n in order])
@@ -264,6 +265,8 @@ def annotations_from_records(
         has_segmentations=any("segmentation" in record for record in objects),
         id_texts=tuple(notes.id_texts.items()),
         warnings=findings.warnings(),
+        dropped_image_ids=tuple(np.setdiff1d(image_ids[~keep_image], image_ids[keep_image]).tolist()),
+        num_dropped=len(objects) - len(order) + len(without_objects),
     )
 
 

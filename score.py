@@ -34,10 +34,10 @@ from evaluation.bootstrap import format_intervals, metric_intervals
 from evaluation.coco_metrics import SCORE_KINDS
 from evaluation.foreign_ids import find_foreign_ids, find_other_form, find_shifted_categories
 from evaluation.results_files import (
-    check_images_of_results,
     check_keypoints_of_results,
     detections_of_results,
     encode_masks,
+    of_known_images,
     read_results,
 )
 from files import write_aside
@@ -107,7 +107,7 @@ def score(
 
     Args:
         annotations: The ground truth.
-        records: COCO results, checked by `read_results`.
+        records: COCO results of images in the ground truth, see `of_known_images`.
         iou_types: Kinds of score; each reads the results that have its field.
         sigmas: OKS sigmas, one or K.
         oks_area: See `CocoEvaluator`.
@@ -116,9 +116,8 @@ def score(
         id_texts: {number: text} of ids that are text in the results, for messages.
 
     Raises:
-        ValueError: A result's image is not in the ground truth, or sigmas do not fit.
+        ValueError: A result does not fit the ground truth, or sigmas do not.
     """
-    check_images_of_results(records, annotations, name, id_texts)
     known_categories = {id_ for id_, _ in annotations.categories}
     strange = [record["category_id"] for record in records if record["category_id"] not in known_categories]
     if strange:
@@ -211,6 +210,7 @@ def main(args: argparse.Namespace) -> int:
     annotations = read_coco(Path(args.ground_truth), on_bad_data=args.on_bad_data, uses=iou_types)
     for finding in annotations.warnings:
         logger.warning("%s", finding)
+    records = of_known_images(records, annotations, args.predictions, id_texts)
     evaluator, result = score(
         annotations,
         records,

@@ -26,9 +26,9 @@ from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
 from custom_dataset import read_dataset_info
 from evaluation.results_files import (
-    check_images_of_results,
     check_keypoints_of_results,
     detections_of_results,
+    of_known_images,
     read_results,
 )
 from evaluation.sigma_estimation import FEW_OBJECTS, check_independent, estimate_sigmas, format_card, read_annotator
@@ -129,7 +129,7 @@ def print_curve(args: argparse.Namespace) -> None:
     """Print AP with all sigmas made smaller and larger."""
     annotations = read_coco(Path(args.ground_truth), uses=["keypoints"])
     records, id_texts = read_results(Path(args.predictions), ["keypoints"])
-    check_images_of_results(records, annotations, args.predictions, id_texts)
+    records = of_known_images(records, annotations, args.predictions, id_texts)
     check_keypoints_of_results(records, annotations, args.predictions)
     if not any("keypoints" in record for record in records):
         raise ValueError(f"{args.predictions}: no result has 'keypoints', which the curve needs")

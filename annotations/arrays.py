@@ -32,7 +32,7 @@ from utils import sha256_of_file
 logger = logging.getLogger(__name__)
 
 # Raised by one whenever the arrays or their meaning change: older cache files are then ignored.
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 
 # How long another process may take to write a cache before this one reads the annotations itself.
 LOCK_SECONDS = 600.0
@@ -67,6 +67,9 @@ class Annotations:
         has_segmentations: Whether the file says anything of masks.
         id_texts: (number, text) of every image id and category id that is text in the file; results carry the text.
         warnings: What was repaired or dropped while reading, shortened as in `findings.shorten`.
+        dropped_image_ids: Ids of images that were left out while reading (``--on-bad-data skip``).
+        num_dropped: Objects that were left out while reading, those of such images included; of an image whose
+            objects could not be read, one.
         cache_file: The file these arrays are mapped from, if any.
     """
 
@@ -92,6 +95,8 @@ class Annotations:
     has_segmentations: bool = False
     id_texts: tuple[tuple[int, str], ...] = ()
     warnings: tuple[Finding, ...] = ()
+    dropped_image_ids: tuple[int, ...] = ()
+    num_dropped: int = 0
     cache_file: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -194,6 +199,8 @@ def load_annotations(path: str | Path) -> Annotations:
         has_segmentations=plain["has_segmentations"],
         id_texts=tuple((number, text) for number, text in plain["id_texts"]),
         warnings=tuple(Finding(**fields) for fields in plain["warnings"]),
+        dropped_image_ids=tuple(plain["dropped_image_ids"]),
+        num_dropped=plain["num_dropped"],
         cache_file=str(path),
     )
 

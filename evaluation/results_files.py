@@ -251,10 +251,12 @@ def _unwrapped(content: Any, name: str) -> Any:
     return content[scored[0]]
 
 
-def check_images_of_results(
-    records: Sequence[Record], annotations: Annotations, name: str, id_texts: Mapping[int, str]
-) -> None:
-    """Refuse results of images that the ground truth does not have.
+def of_known_images(
+    records: list[Record], annotations: Annotations, name: str, id_texts: Mapping[int, str]
+) -> list[Record]:
+    """Return the results of images that the ground truth has; refuse others.
+
+    Those of images that were left out while the ground truth was read are left out too, with a warning.
 
     Args:
         records: From `read_results`.
@@ -263,20 +265,26 @@ def check_images_of_results(
         id_texts: {number: text} of ids that are text in the results.
 
     Raises:
-        ValueError: Their ids, and what they seem to be.
+        ValueError: Ids of images that the ground truth does not have, and what they seem to be.
     """
-    unknown = sorted({record["image_id"] for record in records} - set(annotations.image_ids.tolist()))
-    if not unknown:
-        return
-    texts = [str(id_texts.get(id_, id_)) for id_ in unknown]
-    own_ids = map(annotations.own_id, annotations.image_ids.tolist())
-    files = ids_by_file((annotations.file_name(i), own_id) for i, own_id in enumerate(own_ids))
-    remedy = "give the ids of the ground truth (predict.py --ids-from takes them from it)"
-    if meant := next(filter(None, (explain_file(text, files) for text in texts)), None):
-        remedy = f"{meant}; give the ids of the ground truth"
-    raise ValueError(
-        f"{name}: {len(unknown)} image id(s) are not in the ground truth: {', '.join(texts[:10])}; {remedy}"
-    )
+    known, dropped = set(annotations.image_ids.tolist()), set(annotations.dropped_image_ids)
+    unknown = sorted({record["image_id"] for record in records} - known - dropped)
+    if unknown:
+        texts = [str(id_texts.get(id_, id_)) for id_ in unknown]
+        own_ids = map(annotations.own_id, annotations.image_ids.tolist())
+        files = ids_by_file((annotations.file_name(i), own_id) for i, own_id in enumerate(own_ids))
+        remedy = "give the ids of the ground truth (predict.py --ids-from takes them from it)"
+        if meant := next(filter(None, (explain_file(text, files) for text in texts)), None):
+            remedy = f"{meant}; give the ids of the ground truth"
+        raise ValueError(
+            f"{name}: {len(unknown)} image id(s) are not in the ground truth: {', '.join(texts[:10])}; {remedy}"
+        )
+    kept = [record for record in records if record["image_id"] in known]
+    if len(kept) < len(records):
+        images = len({record["image_id"] for record in records} - known)
+        text = "%s: %d result(s) do not count: their %d image(s) are left out of the ground truth (--on-bad-data skip)"
+        logger.warning(text, name, len(records) - len(kept), images)
+    return kept
 
 
 def check_keypoints_of_results(records: Sequence[Record], annotations: Annotations, name: str) -> None:

@@ -50,7 +50,7 @@ class Trainable:
         categories: (id, name) of every class.
         counts: int64 [C], objects of each class that are trained on.
         left_out: int64 [reasons, C], objects of each class that are not, in the order of `REASONS`.
-        dropped: Objects and pictures that were left out while reading, with ``--on-bad-data skip``.
+        dropped: Objects that were left out while reading, with ``--on-bad-data skip``: `Annotations.num_dropped`.
         boxes: Objects, crowds aside, whose box has a width and a height.
         normalised: Those of them whose boxes look like shares of the picture.
         has_points: Whether objects left out for their box have labelled keypoints.
@@ -162,7 +162,7 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
         annotations.categories,
         table[-1],
         table[:-1],
-        sum(w.count for w in annotations.warnings if w.remedy in ("the object is left out", "the image is left out")),
+        annotations.num_dropped,
         int(has_box.sum()),
         int((normalised & has_box).sum()),
         bool((annotations.keypoints[empty_ones, :, 2] > 0).any()),

@@ -190,6 +190,25 @@ def test_one_sigma_serves_all_points_and_a_wrong_count_is_refused(tmp_path, caps
     assert json.loads((tmp_path / "o.json").read_text())["settings"]["kpt_oks_sigmas"] == [0.05] * 5
 
 
+def test_results_of_a_picture_that_skip_leaves_out_are_left_out_and_counted(tmp_path, capsys):
+    truth, results = random_case(4, "bbox")
+    bad = next(image for image in truth["images"] if any(r["image_id"] == image["id"] for r in results))
+    others = [r for r in results if r["image_id"] != bad["id"]]
+    objects = [r for r in truth["annotations"] if r["image_id"] != bad["id"]]
+    images = [image for image in truth["images"] if image is not bad]
+    expected = oracle({**truth, "images": images, "annotations": objects}, others, "bbox").stats
+    bad["width"] = -5
+    flags = [*write(tmp_path, truth, results), "--on-bad-data", "skip", "--json", str(tmp_path / "out.json")]
+    assert score.run(flags) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())["bbox"]
+    assert [-1 if v is None else v for v in figures.values()] == list(expected)
+    said = f"{len(results) - len(others)} result(s) do not count: their 1 image(s) are left out of the ground truth"
+    assert said in capsys.readouterr().out
+    results[0]["image_id"] = 4711
+    assert score.run([*write(tmp_path, truth, results), "--on-bad-data", "skip"]) == 1
+    assert "1 image id(s) are not in the ground truth: 4711" in capsys.readouterr().err
+
+
 BAD_RESULTS = {
     "no list": ({}, "expected a list of results"),
     "NaN score": (

@@ -17,7 +17,7 @@ from annotations.labels import LabelMap
 from helpers.drawn import draw_coco, draw_folder
 from loading.samples import trainable_objects
 from loading.split import Split
-from loading.splits import CocoPaths, label_map_for, load_coco_split
+from loading.splits import CocoPaths, label_map_for, load_coco_split, load_custom_split
 from loading.trainable import CROWD, EMPTY, UNUSED, VANISHES, count_trainable, vanishing_images
 from models.architectures import ModelSpec
 
@@ -152,6 +152,40 @@ def test_an_unknown_class_is_left_out(tmp_path):
     ids = split.annotations.category_ids[~split.annotations.is_crowd]
     found = count_trainable(split, LabelMap((1, 2), ("person", "bicycle")), SPEC, split.indices)
     assert found.num_objects == int((ids < 3).sum()) < len(ids)
+
+
+def test_what_was_dropped_while_reading_is_counted_object_by_object(tmp_path, caplog):
+    root = draw_coco(tmp_path, 8)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for record in content["annotations"][1:-1]:
+        del record["segmentation"]  # reported at once, where nearly none has one
+    content["images"][-1]["width"] = 0  # takes its objects along
+    path.write_text(json.dumps(content))
+    num_objects = len(content["annotations"])
+
+    options = {"on_bad_data": "skip", "uses": ("segm",), "cache_dir": root / "cache"}
+    for _ in range(2):  # read, then from the cache
+        split = load_coco_split(CocoPaths(root / "train2017", path), **options)
+        found = count_trainable(split, label_map_for(split.annotations), SPEC, split.indices)
+        assert split.annotations.num_objects == 1 and found.dropped == num_objects - 1
+    change_objects(root, lambda record, _: record.update(iscrowd=0, segmentation=[[0, 0, 9, 0, 9, 9]]))
+    split = load_coco_split(CocoPaths(root / "train2017", path), **options)
+    count_trainable(split, label_map_for(split.annotations), SPEC, split.indices).check()
+    assert "most objects are left out" not in caplog.text
+    change_objects(root, lambda record, _: record.pop("segmentation") if record["id"] > 1 else None)
+    split = load_coco_split(CocoPaths(root / "train2017", path), **options)
+    count_trainable(split, label_map_for(split.annotations), SPEC, split.indices).check()
+    assert "most objects are left out, 1 to train on" in caplog.text
+
+
+def test_a_picture_whose_objects_cannot_be_read_counts_as_one_that_is_dropped(tmp_path):
+    root = draw_folder(tmp_path, num_keypoints=0)
+    broken = sorted((root / "train" / "annotations").glob("*.json"))[0]
+    rest = sum(len(json.loads(path.read_text())["bboxes"]) for path in broken.parent.glob("*.json") if path != broken)
+    broken.write_text("{")
+    annotations = load_custom_split(root, "train", on_bad_data="skip", cache_dir=root / "cache").annotations
+    assert annotations.num_objects == rest and annotations.num_dropped == 1
 
 
 def thin(root):
