@@ -31,7 +31,14 @@ from evaluation.results_files import (
     of_known_images,
     read_results,
 )
-from evaluation.sigma_estimation import FEW_OBJECTS, check_independent, estimate_sigmas, format_card, read_annotator
+from evaluation.sigma_estimation import (
+    FEW_OBJECTS,
+    check_independent,
+    estimate_sigmas,
+    format_card,
+    read_annotator,
+    read_annotators,
+)
 from utils import HelpFormatter, run_command
 
 logger = logging.getLogger("sigmas")
@@ -89,7 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def print_estimate(args: argparse.Namespace) -> None:
     """Estimate sigmas and print them with their intervals, and a card."""
-    annotators = [read_annotator(Path(path)) for path in args.annotators]
+    annotators = read_annotators([Path(path) for path in args.annotators])
     check_independent(annotators, args.annotators)
     factor = 0.53 if args.oks_area == "box53" else 1.0
     estimate = estimate_sigmas(annotators, area_factor=factor)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Annotator:
     """One person's annotations.
 
     Attributes:
-        images: Per image stem (boxes float64 [N, 4] xywh, keypoints float64 [N, K, 3]).
+        images: Per image, by its path without suffix, (boxes float64 [N, 4] xywh, keypoints float64 [N, K, 3]).
         names: K keypoint names, or empty.
     """
 
@@ -39,38 +39,56 @@ def read_annotator(path: Path) -> Annotator:
 
     Raises:
         FileNotFoundError: There is nothing to read.
-        ValueError: An entry is malformed, or there are no keypoints.
+        ValueError: An entry is malformed, two have one name, or there are no keypoints.
     """
     images: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(name: str, boxes_xywh: np.ndarray, points: np.ndarray) -> None:
+        key = str(PurePosixPath(name).with_suffix(""))
+        if key in images:
+            raise ValueError(f"{path}: two entries are of one image, {key}, or of two that differ by their suffix only")
+        images[key] = boxes_xywh, points
+
     names: tuple[str, ...] = ()
     if path.is_file():
         annotations = read_coco(path, uses=["keypoints"])
         names = annotations.keypoint_names
         for i in range(len(annotations)):
             objects = annotations.objects(i)
-            stem = Path(annotations.file_name(i)).stem
-            images[stem] = annotations.boxes_xywh[objects], annotations.keypoints[objects]
+            add(annotations.file_name(i), annotations.boxes_xywh[objects], annotations.keypoints[objects])
     else:
         folder = path / "annotations" if (path / "annotations").is_dir() else path
-        files = [folder / name for name in list_folder(folder).files if name.lower().endswith(".json")]
-        if not files:
+        names_of_files = [name for name in list_folder(folder).files if name.lower().endswith(".json")]
+        if not names_of_files:
             raise FileNotFoundError(f"{path}: neither a COCO json nor a folder with one json per image")
-        for file in files:
-            content = read_json(file)
+        for name in names_of_files:
+            content = read_json(folder / name)
             try:
                 boxes = np.array(content["bboxes"], dtype=np.float64).reshape(-1, 4)
-                rows = [[point or [0, 0, 0] for point in points] for points in content["keypoints"]]
+                of_boxes = content["keypoints"] if len(boxes) else content.get("keypoints") or []
+                rows = [[point or [0, 0, 0] for point in points] for points in of_boxes]
                 points = np.array(rows, dtype=np.float64).reshape(len(boxes), -1 if rows else 0, 3)
             except (KeyError, TypeError, ValueError):
                 raise ValueError(
-                    f"{file}: expected bboxes [[x1, y1, x2, y2], ...] and keypoints [[[x, y, v], ...]]"
+                    f"{folder / name}: expected bboxes [[x1, y1, x2, y2], ...] and keypoints [[[x, y, v], ...]]"
                 ) from None
-            if file.stem in images:
-                raise ValueError(f"{file}: another json in {folder} has this name too; give every json its own")
-            images[file.stem] = xyxy_to_xywh(boxes), points
+            add(name, xyxy_to_xywh(boxes), points)
     if not any(points.size for _, points in images.values()):
         raise ValueError(f"{path}: no keypoints")
     return Annotator(images, names)
+
+
+def read_annotators(paths: Sequence[Path]) -> list[Annotator]:
+    """Read each with `read_annotator`; their images go by the file's name alone where no one has a name twice.
+
+    So files of different tools, whose paths begin at different folders, are of the same images.
+    """
+    annotators = [read_annotator(path) for path in paths]
+    if any(len({PurePosixPath(key).name for key in a.images}) < len(a.images) for a in annotators):
+        return annotators
+    return [
+        replace(a, images={PurePosixPath(key).name: content for key, content in a.images.items()}) for a in annotators
+    ]
 
 
 @dataclass(frozen=True, eq=False)

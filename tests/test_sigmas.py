@@ -13,6 +13,7 @@ from evaluation.sigma_estimation import (
     format_card,
     pixels_for_oks,
     read_annotator,
+    read_annotators,
 )
 from evaluation.similarity import object_keypoint_similarity
 from helpers.coco_cases import oracle, random_case
@@ -199,12 +200,42 @@ def test_jsons_of_boxes_alone_are_refused_for_what_they_lack(tmp_path):
         read_annotator(tmp_path)
 
 
-def test_jsons_of_an_annotator_are_read_to_any_depth_and_whatever_their_case(tmp_path):
+def test_images_of_equal_name_in_different_folders_are_different_images(tmp_path):
     text = json.dumps({"bboxes": [[0, 0, 10, 10]], "keypoints": [[[1, 2, 2]]]})
     (tmp_path / "day2").mkdir()
-    for name in ("a.json", "b.JSON", "day2/c.json"):
+    for name in ("a.json", "b.JSON", "day2/a.json"):
         (tmp_path / name).write_text(text)
-    assert sorted(read_annotator(tmp_path).images) == ["a", "b", "c"]
-    (tmp_path / "day2" / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json: another json in .* has this name too"):
+    assert sorted(read_annotator(tmp_path).images) == ["a", "b", "day2/a"]
+    (tmp_path / "a.JSON").write_text(text)
+    with pytest.raises(ValueError, match="two entries are of one image, a, or of two that differ by their suffix"):
         read_annotator(tmp_path)
+
+    point = {"category_id": 1, "bbox": [0, 0, 10, 10], "keypoints": [1, 2, 2]}
+    names, sizes = ["./day1/a.jpg", "day2/a.jpg"], {"height": 20, "width": 20}
+    truth = {
+        "images": [{"id": i, "file_name": name, **sizes} for i, name in enumerate(names)],
+        "annotations": [{"id": i + 1, "image_id": i, **point} for i in range(len(names))],
+        "categories": [{"id": 1, "name": "tube"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(truth))
+    assert sorted(read_annotator(tmp_path / "coco.json").images) == ["day1/a", "day2/a"]
+    (tmp_path / "one" / "day2").mkdir(parents=True)
+    (tmp_path / "one" / "day2" / "a.json").write_text(text)
+    both = read_annotators([tmp_path / "coco.json", tmp_path / "one"])
+    assert [sorted(a.images) for a in both] == [["day1/a", "day2/a"], ["day2/a"]]
+    alone = read_annotators([tmp_path / "one", tmp_path / "one" / "day2"])  # of tools that begin at other folders
+    assert [sorted(a.images) for a in alone] == [["a"], ["a"]]
+    truth["images"][1]["file_name"] = "day1/a.png"
+    (tmp_path / "coco.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="two entries are of one image, day1/a"):
+        read_annotator(tmp_path / "coco.json")
+
+
+def test_pictures_without_objects_are_read_as_training_reads_them(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps({"bboxes": [[0, 0, 10, 10]], "keypoints": [[[1, 2, 2]]]}))
+    (tmp_path / "none.json").write_text(json.dumps({"bboxes": []}))
+    assert sigmas.run(["card", "--ground-truth", str(tmp_path)]) == 0
+    assert "median object (10 x 10 pixels)" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps({"bboxes": [[0, 0, 10, 10]]}))
+    assert sigmas.run(["card", "--ground-truth", str(tmp_path)]) == 1
+    assert "a.json: expected bboxes" in capsys.readouterr().err
