@@ -171,7 +171,7 @@ def _check_names_against_pairs(skeleton: Skeleton, path: Path, findings: Finding
         findings.error("dataset.json", f"{path}: flip_pairs", problem, remedy)
 
 
-def _check_point_counts(info: DatasetInfo, num_keypoints: int, findings: Findings) -> None:
+def check_point_counts(info: DatasetInfo, num_keypoints: int, findings: Findings) -> None:
     """Report entries of ``dataset.json`` that do not fit the number of keypoints that objects have."""
     skeleton, objects = info.skeleton, f"objects with {num_keypoints} keypoints"
     if len(skeleton.names) not in (0, num_keypoints):
@@ -258,7 +258,7 @@ def read_folder(
         record["category_id"] = number
     num_keypoints = _count_keypoints(content.objects)
     if num_keypoints and "keypoints" in uses:
-        _check_point_counts(info, num_keypoints, findings)
+        check_point_counts(info, num_keypoints, findings)
     if num_keypoints and len(info.skeleton.names) == num_keypoints:
         links = [(a, b) for a, b in info.skeleton.links if min(a, b) >= 0 and max(a, b) < num_keypoints]
         for category in categories:

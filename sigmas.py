@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from annotations.findings import Findings
 from annotations.record_reader import Record
 from annotations.skeleton import Skeleton, choose_sigmas
 from coco_eval import OKS_AREAS, CocoEvaluator
 from coco_utils import read_coco
-from custom_dataset import read_dataset_info
+from custom_dataset import check_point_counts, read_dataset_info
 from evaluation.results_files import (
     check_keypoints_of_results,
     detections_of_results,
@@ -105,28 +106,39 @@ def print_estimate(args: argparse.Namespace) -> None:
     print(f"  {'keypoint':<{width}} {'sigma':>7}   95 % interval     objects")
     for name, sigma, low, high, count in zip(names, estimate.sigmas, estimate.low, estimate.high, estimate.num_objects):
         print(f"  {name:<{width}} {sigma:>7.4f}   {low:.4f} to {high:.4f} {count:>9}")
-    if agreed := [name for name, sigma in zip(names, estimate.sigmas) if sigma == 0]:
+    unseen = [name for name, count in zip(names, estimate.num_objects) if not count]
+    agreed = [name for name, sigma in zip(names, estimate.sigmas) if f"{sigma:.4f}" == "0.0000"]
+    if unseen:
+        logger.warning("no object has %s labelled by two annotators: there is no sigma for it", ", ".join(unseen))
+    if agreed:
         logger.warning(
             "nobody differs on %s: a sigma of 0 allows no error at all, give a larger one", ", ".join(agreed)
         )
-    if estimate.num_objects.min() < FEW_OBJECTS:
-        few = int(estimate.num_objects.min())
+    few = int(estimate.num_objects[estimate.num_objects > 0].min())
+    if few < FEW_OBJECTS:
         logger.warning("only %d objects were annotated twice; below %d an estimate says little", few, FEW_OBJECTS)
     areas = np.concatenate([boxes[:, 2] * boxes[:, 3] for boxes, _ in annotators[0].images.values()]) * factor
     print(format_card(estimate.sigmas, names, areas))
-    print("--kpt-oks-sigmas " + " ".join(f"{sigma:.4f}" for sigma in estimate.sigmas))
+    if unseen or agreed:
+        print("no line with --kpt-oks-sigmas: it needs a sigma above 0 for every keypoint")
+    else:
+        print("--kpt-oks-sigmas " + " ".join(f"{sigma:.4f}" for sigma in estimate.sigmas))
 
 
 def print_card(args: argparse.Namespace) -> None:
     """Print what sigmas mean in pixels."""
     path = Path(args.ground_truth)
     annotator = read_annotator(path)
+    num_keypoints = next(points.shape[1] for _, points in annotator.images.values() if points.size)
     skeleton = Skeleton(annotator.names)
-    for root in (path, *path.parents[:2]):
-        if (root / "dataset.json").is_file():
-            skeleton = read_dataset_info(root).skeleton
-    points = next(p for _, p in annotator.images.values() if p.size)
-    sigmas, source = choose_sigmas(args.kpt_oks_sigmas, skeleton, points.shape[1])
+    folders = (path, *path.absolute().parents[:2])
+    if root := next((folder for folder in folders if (folder / "dataset.json").is_file()), None):
+        findings = Findings()
+        info = read_dataset_info(root, findings)
+        check_point_counts(info, num_keypoints, findings)
+        findings.raise_errors()
+        skeleton = info.skeleton
+    sigmas, source = choose_sigmas(args.kpt_oks_sigmas, skeleton, num_keypoints)
     print(f"sigmas from {source}")
     areas = np.concatenate([boxes[:, 2] * boxes[:, 3] for boxes, _ in annotator.images.values()])
     print(format_card(sigmas, skeleton.names, areas))

@@ -124,7 +124,7 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
         seed: Chooses the objects of each resample, for the intervals.
 
     Raises:
-        ValueError: Fewer than two annotators, other numbers of keypoints, or no object in common.
+        ValueError: Fewer than two annotators, other numbers of keypoints, or no object or keypoint in common.
     """
     if len(annotators) < 2:
         raise ValueError("sigmas are estimated from two annotators or more")
@@ -139,10 +139,14 @@ def estimate_sigmas(annotators: Sequence[Annotator], *, area_factor: float = 1.0
         )
     spreads = np.concatenate(of_images)
     num_objects = np.isfinite(spreads).sum(axis=0)
+    known = num_objects > 0
+    if not known.any():
+        raise ValueError("no keypoint of any object was labelled by two annotators (v above 0)")
     rng = seeded_numpy_rng(seed, "sigmas")
     draws = rng.integers(0, len(spreads), (BOOTSTRAPS, len(spreads)))
     samples = np.sqrt(np.stack([_mean(spreads[draw]) for draw in draws]))
-    low, high = np.nanpercentile(samples, (2.5, 97.5), axis=0)
+    low, high = np.full((2, len(known)), np.nan)
+    low[known], high[known] = np.nanpercentile(samples[:, known], (2.5, 97.5), axis=0)
     names = next((a.names for a in annotators if a.names), ())
     return SigmaEstimate(np.sqrt(_mean(spreads)), low, high, num_objects, names)
 

@@ -149,7 +149,25 @@ def test_a_keypoint_on_which_all_agree_is_named(tmp_path, capsys):
     for name, annotator in (("one", first), ("two", second)):
         write_annotator(tmp_path / name, annotator)
     assert sigmas.run(["estimate", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
-    assert "nobody differs on 1: a sigma of 0 allows no error at all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nobody differs on 1: a sigma of 0 allows no error at all" in out and "\n--kpt-oks-sigmas" not in out
+
+
+def test_a_keypoint_that_nobody_labelled_twice_is_named_and_no_refused_flag_is_printed(tmp_path, capsys, recwarn):
+    first, second = annotate(2, 60)
+    for _, points in second.images.values():
+        points[:, 2] = 0
+    for name, annotator in (("one", first), ("two", second)):
+        write_annotator(tmp_path / name, annotator)
+    flags = ["estimate", str(tmp_path / "one"), str(tmp_path / "two")]
+    assert sigmas.run(flags) == 0 and not recwarn.list
+    out = capsys.readouterr().out
+    assert "no object has 2 labelled by two annotators" in out and "objects were annotated twice" not in out
+    assert "\n--kpt-oks-sigmas" not in out and "no line with --kpt-oks-sigmas" in out
+    for path in (tmp_path / "two").glob("*.json"):
+        path.write_text(path.read_text().replace("2.0]", "0]"))
+    assert sigmas.run(flags) == 1
+    assert "no keypoint of any object was labelled by two annotators" in capsys.readouterr().err
 
 
 def test_annotators_in_coco_files(tmp_path):
@@ -239,3 +257,22 @@ def test_pictures_without_objects_are_read_as_training_reads_them(tmp_path, caps
     (tmp_path / "a.json").write_text(json.dumps({"bboxes": [[0, 0, 10, 10]]}))
     assert sigmas.run(["card", "--ground-truth", str(tmp_path)]) == 1
     assert "a.json: expected bboxes" in capsys.readouterr().err
+
+
+def test_the_card_goes_by_the_nearest_dataset_json(tmp_path, capsys, monkeypatch):
+    folder, info = tmp_path / "custom" / "train" / "annotations", {"keypoint_names": ["a", "b"]}
+    write_annotator(folder, annotate(1, 2)[0])
+    (tmp_path / "custom" / "dataset.json").write_text(json.dumps({**info, "oks_sigmas": [0.01, 0.02]}))
+    assert sigmas.run(["card", "--ground-truth", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert "dataset.json: keypoint_names: 2 keypoint names for objects with 3 keypoints; name every" in said
+    assert "dataset.json: oks_sigmas: 2 OKS sigmas for objects with 3 keypoints" in said
+
+    info["keypoint_names"].append("c")
+    (tmp_path / "dataset.json").write_text(json.dumps({"keypoint_names": ["another", "dataset"]}))
+    (tmp_path / "custom" / "dataset.json").write_text(json.dumps({**info, "oks_sigmas": [0.01, 0.02, 0.03]}))
+    monkeypatch.chdir(tmp_path / "custom" / "train")
+    for path in (folder, folder.parent, "annotations", "."):
+        assert sigmas.run(["card", "--ground-truth", str(path)]) == 0
+        rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-3:]]
+        assert rows == [["a", "0.0100"], ["b", "0.0200"], ["c", "0.0300"]]
