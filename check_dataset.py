@@ -33,7 +33,7 @@ from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
 from loading.samples import ImageFolder
 from loading.split import Split
-from loading.splits import Data
+from loading.splits import DATASETS, Data
 from loading.trainable import check_against_model, vanishing_images
 from loading.training_images import training_indices
 from models.architectures import ARCHITECTURES, ModelSpec
@@ -130,15 +130,20 @@ def main(args: argparse.Namespace) -> int:
     if args.write_coco and trial.errors:
         print("--write-coco: nothing is written where training would stop at errors; mend them, or --on-bad-data skip")
     elif args.write_coco and data is not None:
-        print("\n".join(write_splits(Path(args.write_coco), data)))
+        print("\n".join(write_splits(Path(args.write_coco), data, keeps_negatives(args))))
     return 1 if trial.errors else 0
 
 
-def write_splits(folder: Path, data: Data) -> list[str]:
+def write_splits(folder: Path, data: Data, keep_negatives: bool) -> list[str]:
     """Write ``train.json`` and ``val.json`` into ``folder``; returns lines that say how to use them.
 
     Pictures are not copied: file names are relative to the folder that the lines name. Pictures that cannot be used are
     left out.
+
+    Args:
+        folder: Where to; it is made if need be.
+        data: The splits.
+        keep_negatives: Whether pictures without objects are trained on: COCO's are not unless a flag says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
@@ -159,6 +164,8 @@ def write_splits(folder: Path, data: Data) -> list[str]:
                 lines.append(f"warning: {problem}; who reads COCO files takes them unturned: save them turned")
     if flags:
         kind = "coco_kp" if data.num_keypoints else "coco"
+        if keep_negatives and not DATASETS[kind].keeps_negatives:
+            flags.append("--keep-negatives")
         lines.append(f"to train on them: --dataset {kind} {' '.join(flags)}")
     return lines
 

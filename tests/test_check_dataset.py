@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 import check_dataset
 import train
 from coco_utils import read_coco
-from flags import data_source
+from flags import data_source, keeps_negatives
 from helpers.drawn import draw_coco, draw_folder, edit
 from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from inspection.diagnosis import collected_log
@@ -414,8 +414,12 @@ def test_a_dataset_written_as_coco_is_read_as_the_same_annotations(draw, flags, 
     (line,) = re.findall(r"^to train on them: (.*)$", text, re.M)
     parser = check_dataset.get_args_parser()
     task = ARCHITECTURES[flags[-1]].task
-    before = load_data(data_source(parser.parse_args([*flags, "--data-path", str(path)])), task)
-    after = load_data(data_source(parser.parse_args([*shlex.split(line), "--model", flags[-1]])), task)
+    given, told = (
+        parser.parse_args([*flags, "--data-path", str(path)]),
+        parser.parse_args([*shlex.split(line), "--model", flags[-1]]),
+    )
+    assert keeps_negatives(told) == keeps_negatives(given)
+    before, after = (load_data(data_source(args), task) for args in (given, told))
     for one, other in ((before.train, after.train), (before.val, after.val)):
         for field in dataclasses.fields(one.annotations):
             old, new = getattr(one.annotations, field.name), getattr(other.annotations, field.name)
