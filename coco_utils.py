@@ -62,6 +62,9 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"the key {double!r} occurs twice in one object, {short(record)}")
         return record
 
+    if path.is_dir():
+        remedy = "check_dataset.py --write-coco FOLDER writes one from other formats"
+        raise fail("a folder, but expected one file in COCO's format", remedy)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise fail(f"{size} bytes are more than the limit of {MAX_JSON_BYTES}", "split the file")

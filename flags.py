@@ -33,6 +33,7 @@ DEFAULT_DATA_PATH = "/datasets01/COCO/022719/"
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser; groups are in the order in which ``train.py`` uses them."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]   (--help lists them)",
         description="Train and evaluate torchvision's detectors",
         formatter_class=HelpFormatter,
         add_help=add_help,

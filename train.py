@@ -60,7 +60,7 @@ from optimization.weight_average import WeightAverage
 from process.leaving import end_process
 from process.waiting import EXIT_SIGNAL, Stopped, note_signal
 from report.page import publish
-from runtime.checkpoint import CheckpointError, open_checkpoint
+from runtime.checkpoint import BEST, CheckpointError, open_checkpoint
 from runtime.machine import explain_failure
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, choose_output_dir, plain_flags
@@ -192,6 +192,9 @@ def finish(args: argparse.Namespace, state: TrainingState, output: RunFolder, se
     if state.is_stale(args.early_stop):
         logger.info("no better evaluation in the last %d: stopping early", args.early_stop)
     logger.info("training took %s", datetime.timedelta(seconds=int(seconds)))
+    if state.best and output.path is not None:
+        best = output.path / "weights" / BEST
+        logger.info("best epoch: %d; python predict.py --checkpoint %s PICTURES", state.best["epoch"], best)
     if output.last_save_failed:
         logger.error("the end of the training is NOT saved: the last checkpoint could not be written")
     return int(output.last_save_failed)

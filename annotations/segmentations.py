@@ -82,7 +82,8 @@ def _report_maskless(reader: RecordReader, maskless: Sequence[int], given: Seque
         for n in maskless:
             reader.notes.add(("empty",), "empty mask", reader.place(n), "a mask without a pixel", "it finds nothing")
         return
-    field, remedy = FIELDS["object", "segmentation"], "add polygons, or use boxes only"
+    field = FIELDS["object", "segmentation"]
+    remedy = "add polygons, or learn boxes only (such as --model fasterrcnn_resnet50_fpn)"
     absent = [n for n in maskless if not given[n] and n not in reader.dropped]
     if is_nearly_all(len(absent), len(given)):
         problem = f"{len(absent)} of {len(given)} objects have no segmentation, but masks are used"

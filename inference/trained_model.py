@@ -85,4 +85,4 @@ def choose_threshold(given: float | None, trained: TrainedModel) -> tuple[float,
         return given, "as given"
     if trained.score_threshold is not None:
         return trained.score_threshold, "best F1 in the checkpoint's evaluation"
-    return DEFAULT_SCORE_THRESHOLD, "the default: the checkpoint holds no evaluation"
+    return DEFAULT_SCORE_THRESHOLD, "the default: no evaluation of the checkpoint has found an object"

@@ -154,7 +154,7 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
 
 
 def check_sizes(
-    part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, advice: AnchorAdvice | None
+    part: SplitObjects, resized: ObjectSizes, reach: AnchorReach, advice: AnchorAdvice | None, is_fixed: bool
 ) -> list[Observation]:
     """Look for objects that are tiny or huge after the model's resize, and for boxes that no anchor reaches.
 
@@ -163,7 +163,9 @@ def check_sizes(
         resized: They after the model's resize.
         reach: How well the model's anchors fit the resized boxes.
         advice: Anchors that fit better.
+        is_fixed: Whether the model resizes all pictures to one size, whatever the flags.
     """
+    larger = "a model with another size" if is_fixed else "a larger --min-size"
     sides = resized.boxes[:, 2:] - resized.boxes[:, :2]
     short = sides.min(axis=1)
 
@@ -175,7 +177,7 @@ def check_sizes(
         f"objects are narrower than {reach.stride:g} pixels (a cell of the finest map) after the model's resize",
         np.where(short < reach.stride, -short, np.nan),
         shown,
-        "they are hard to find; a larger --min-size, a model with finer maps, or pictures cut into parts help",
+        f"they are hard to find; {larger}, a model with finer maps, or pictures cut into parts help",
     )
     seen += observe_worst(
         f"objects cover more than {HUGE_SHARE:.0%} of their picture",
@@ -188,10 +190,10 @@ def check_sizes(
             "objects are trained on by no location of FCOS",
             np.where(reach.best == 0, -short, np.nan),
             shown,
-            "they are too thin or too small between its points; a larger --min-size or a model with anchors helps",
+            f"they are too thin or too small between its points; {larger} or a model with anchors helps",
         )
     else:
-        remedy = "another --min-size, or a model with finer maps helps"
+        remedy = f"{'a model with another size' if is_fixed else 'another --min-size'}, or one with finer maps helps"
         if advice is not None:
             remedy = f"anchors that fit better: {advice.flags}"
         seen += observe_worst(
@@ -211,7 +213,7 @@ def format_sizes(resized: ObjectSizes, reach: AnchorReach, advice: AnchorAdvice 
     (width, height), (low, high) = np.median(sides, axis=0), np.quantile(sides.max(axis=1), (0.05, 0.95))
     lines = [
         f"objects after the model's resize: {width:.0f} x {height:.0f} pixels in the median, "
-        f"longer sides from {low:.0f} (5 %) to {high:.0f} (95 %)"
+        f"9 in 10 have a longer side of {low:.0f} to {high:.0f}"
     ]
     if reach.wanted < 1:
         lines.append(

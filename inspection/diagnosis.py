@@ -291,6 +291,7 @@ def look_at_objects(
         if split is not None
     }
     grids = AnchorGrids(build_skeleton_model(spec))
+    is_fixed = spec.architecture.fixed_size is not None
     seen: list[Observation] = []
     facts: dict[str, list[str]] = {}
     for role, part in parts.items():
@@ -302,7 +303,7 @@ def look_at_objects(
         of_part += check_repeated_objects(part)
         of_part += check_segmentations_against_boxes(part)
         of_part += check_keypoint_labels(part) if spec.num_keypoints else []
-        of_part += check_sizes(part, resized, reach, advice) if role == "train" else []
+        of_part += check_sizes(part, resized, reach, advice, is_fixed) if role == "train" else []
         seen += [replace(one, title=f"{role}: {one.title}") for one in of_part]
     if spec.num_keypoints:
         facts["keypoints"] = format_keypoints(list(parts.values()))

@@ -76,7 +76,10 @@ def find_coco_paths(
     flags = f"--{role}-images and --{role}-annotations"
     error = NoSplitError if annotations is None else FileNotFoundError
     why = f" ({why_no_folder(root)})" if annotations is None and not root.is_dir() else ""
-    raise error(f"no {role} annotations: {what}{why}; set --data-path, or {flags}")
+    remedy = f"set --data-path, or {flags}"
+    if annotations is None and (root / "train" / "annotations").is_dir():
+        remedy = "add --dataset custom, whose folders these look like"
+    raise error(f"no {role} annotations: {what}{why}; {remedy}")
 
 
 def load_coco_split(

@@ -94,7 +94,7 @@ def page_content(run_dir: Path) -> dict[str, Any]:
     folder, summary = (run_dir / BEST_EVAL, best) if best else (run_dir / NEWEST_EVAL, newest)
     kinds = [kind for kind in SCORE_KINDS if kind in summary]
     return {
-        "title": run_dir.resolve().name,
+        "title": "/".join(run_dir.resolve().parts[-2:]),
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "run": _read_args(run_dir),
         "shown": _name_of(summary, "best" if best else "newest"),

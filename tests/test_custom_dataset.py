@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 import check_dataset
 import train
 from annotations.findings import BadDataError
+from coco_utils import read_coco
 from custom_dataset import DatasetInfo, read_dataset_info, read_folder
 from helpers.drawn import draw_folder, edit
 from helpers.ranks import run_on_ranks
@@ -679,3 +680,16 @@ def test_a_file_in_a_folder_s_place_is_called_that(tmp_path):
         load_data(Source("custom", tmp_path / "x.json"), "box")
     with pytest.raises(FileNotFoundError, match=r"exists \(a file, expected a folder\); set --data-path"):
         load_data(Source("coco", tmp_path / "x.json"), "box")
+
+
+def test_a_custom_folder_without_its_flag_is_told_of_it(tmp_path):
+    (tmp_path / "train" / "annotations").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="exists; add --dataset custom, whose folders these look like$"):
+        load_data(Source("coco", tmp_path), "box")
+
+
+def test_a_folder_in_place_of_a_coco_file_is_told_what_writes_one(tmp_path):
+    with pytest.raises(
+        BadDataError, match="a folder, but expected one file in COCO's format; check_dataset.py --write"
+    ):
+        read_coco(tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import nn
 
 from group_by_aspect_ratio import GroupedBatchSampler
@@ -25,6 +26,7 @@ from models.architectures import ModelSpec
 from models.resize import resize_scales, short_sides
 from optimization.schedule import LearningRate
 from optimization.step import StepOptions, add_gradients, update_parameters
+from runtime.progress import Progress
 from training.state import TrainingState
 from utils import format_peak_memory
 
@@ -143,9 +145,10 @@ class Plan:
         parts = f"{sampler.batch_size} per process x {sampler.world_size} process(es) x {self.accumulate} step(s)"
         groups = len(np.unique(sampler.groups))
         epochs = self.learning_rate.epochs
+        done = "; all are done, a larger --epochs goes on" if self.state.progress.epoch >= epochs else ""
         return (
             f"{images} images per update ({parts}) from {groups} group(s) of similar shape; "
-            f"{self.updates_per_epoch} updates per epoch, {self.updates_per_epoch * epochs} in {epochs} epochs"
+            f"{self.updates_per_epoch} updates per epoch, {self.updates_per_epoch * epochs} in {epochs} epochs{done}"
         )
 
     def _model(self) -> str:
@@ -156,7 +159,16 @@ class Plan:
         text = f"{self.state.spec.name}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
         if parts:
             text += f"; frozen: {', '.join(parts)}"
-        return text + ("; batch norms are constants" if self.state.spec.frozen_norm else "")
+        text += "; batch norms are constants" if self.state.spec.frozen_norm else ""
+        return text + self._random_weights()
+
+    def _random_weights(self) -> str:
+        """Say that nothing was learnt before, which few pictures cannot make up for; empty where something was."""
+        flags = self.state.flags
+        if self.state.progress != Progress() or flags.get("weights") or flags.get("weights_backbone"):
+            return ""
+        published = torchvision.models.get_model_weights(self.state.spec.name)["COCO_V1"]
+        return f"; from RANDOM weights, for very many pictures: --weights {published} starts from COCO's"
 
     def _saved(self) -> str:
         if self.output_dir is None:

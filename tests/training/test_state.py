@@ -235,7 +235,9 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys, 
     flags = (*common, "--epochs", "4", "--lr", "0", "--ema", "0.9", "--val-loss", "--early-stop", "1", "--profile", "1")
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])  # as a user starts it
     assert run(*flags, "--output-dir", out) == 0
-    assert "no better evaluation in the last 1: stopping early" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no better evaluation in the last 1: stopping early" in said
+    assert f"best epoch: 0; python predict.py --checkpoint {out / 'weights' / 'best.pth'} PICTURES" in said
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert lines[0]["val_loss"]["loss"] > 0
@@ -263,6 +265,9 @@ def test_a_run_with_everything_and_its_repetition(drawn_coco, tmp_path, capsys, 
     assert run(*flags) == 0
     assert "holds epoch 7 as the best, the checkpoint knows epoch 0" in capsys.readouterr().out
     assert load_checkpoint(out / "weights" / "best.pth")["best"]["epoch"] == 2
+    assert run(*flags) == 0
+    said = capsys.readouterr().out
+    assert "in 3 epochs; all are done, a larger --epochs goes on" in said and "RANDOM" not in said
     assert json.loads((out / "best" / "summary.json").read_text())["epoch"] == 2
 
 
@@ -278,6 +283,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(drawn_coco, tmp_path, caps
     assert "2 updates per epoch, 40 in 20 epochs" in said
     assert "0.03 after 1 warm-up updates, times 0.1 at epoch(s) 16 of 20" in said
     assert "MB at the peak" in said
+    assert (
+        "from RANDOM weights, for very many pictures: --weights SSDLite320_MobileNet_V3_Large_Weights.COCO_V1" in said
+    )
     update, hours, minutes, seconds = re.search(
         r"([\d.]+) s per update, .* about (\d+):(\d+):(\d+) for all", said
     ).groups()
