@@ -32,7 +32,11 @@ _SILENT_FLAGS = {
     *("eval_every", "eval_batch_size", "best_metric", "early_stop", "val_loss", "save_predictions", "max_dets", "tile"),
     *("overlap", "kpt_oks_sigmas", "oks_area", "backend", "use_v2", "lr_step_size", "use_deterministic_algorithms"),
     *("weights", "weights_backbone", "val_fraction"),  # a checkpoint has its own
+    *("trainable_backbone_layers", "anchor_sizes", "anchor_ratios"),  # its model too
 }
+
+# Flags that hold for a checkpoint's model where they are given; without them it keeps what it had.
+_MODEL_FLAGS = ("min_size", "max_size", "rpn_score_thresh")
 
 
 @dataclass
@@ -86,14 +90,20 @@ class TrainingState:
             "averages": self.averages,
             "metrics": self.metrics,
             "best": self.best,
+            **self._surroundings(),
+        }
+        if self.average is not None:
+            content["model_ema"] = self.average.model.state_dict()
+        return content
+
+    def _surroundings(self) -> dict[str, Any]:
+        """Return what else the last digits depend on."""
+        return {
             "versions": versions(),
             "world_size": world_size(),
             "num_threads": torch.get_num_threads(),
             "device": next(self.model.parameters()).device.type,
         }
-        if self.average is not None:
-            content["model_ema"] = self.average.model.state_dict()
-        return content
 
     def restore(self, content: dict[str, Any]) -> None:
         """Take up optimizer, scaler, average and position of a checkpoint; the model is rebuilt from it before.
@@ -140,15 +150,20 @@ class TrainingState:
             )
 
     def _log_changes(self, content: dict[str, Any]) -> None:
-        """Say in one line what may change the last digits from here on."""
-        now, before = self.content(), content
-        old = before["args"]
-        course = [flag for flag in self.flags if flag not in _SILENT_FLAGS and flag not in _NUMERIC_FLAGS]
-        others = [
-            f"--{flag.replace('_', '-')} {old.get(flag)}, now {self.flags[flag]}"
-            for flag in course
-            if old.get(flag) != self.flags[flag]
-        ]
+        """Say in one line which other flags hold from here on, and in one what may change the last digits."""
+        now, before = self._surroundings(), content
+        old, spec = before["args"], ModelSpec.from_plain(before["model_spec"])
+        course = {
+            flag: (old.get(flag), value)
+            for flag, value in self.flags.items()
+            if flag not in _SILENT_FLAGS and flag not in _NUMERIC_FLAGS
+        }
+        course |= {flag: (getattr(spec, flag), getattr(self.spec, flag)) for flag in _MODEL_FLAGS}
+        others = [f"--{flag.replace('_', '-')} {was}, now {new}" for flag, (was, new) in course.items() if was != new]
+        layers = self.flags.get("trainable_backbone_layers")
+        if layers not in (None, self.spec.trainable_layers):
+            text = "--trainable-backbone-layers has no effect: the checkpoint's model trains %d"
+            logger.warning(text, self.spec.trainable_layers)
         if others:
             logger.info("from here on with other flags: %s", "; ".join(others))
         pairs = {

@@ -1,6 +1,7 @@
 """What a checkpoint's content gives back to a state, and which content is refused."""
 
 import copy
+import dataclasses
 import logging
 import re
 
@@ -109,6 +110,24 @@ def test_settings_that_differ_are_named_and_equal_ones_are_not(caplog):
     course, numeric = (record.getMessage() for record in caplog.records)
     assert course == "from here on with other flags: --lr 0.5, now 0.25"
     assert re.search(r"\(processes 2, now 1; --amp True, now False\): no sample is lost", numeric)
+
+
+def test_of_the_model_only_what_does_change_is_named(caplog):
+    """A checkpoint's model keeps its sizes where flags give none, and its frozen layers and anchors in any case."""
+    caplog.set_level(logging.INFO)
+    content = after_an_update().content()
+    had = {"trainable_backbone_layers": 2, "min_size": [400], "max_size": 600, "anchor_sizes": [16], "lr": 0.5}
+    content["args"] |= had
+    content["model_spec"] |= {"trainable_layers": 2, "min_size": (400,), "max_size": 600}
+    state = new_state()
+    state.spec = dataclasses.replace(ModelSpec.from_plain(content["model_spec"]), max_size=500)
+    state.flags |= dict.fromkeys(had) | {"max_size": 500, "lr": 0.5}
+    state.restore(copy.deepcopy(content))
+    assert caplog.messages == ["from here on with other flags: --max-size 600, now 500"]
+    caplog.clear()
+    state.flags["trainable_backbone_layers"] = 3
+    state.restore(content)
+    assert caplog.messages[0] == "--trainable-backbone-layers has no effect: the checkpoint's model trains 2"
 
 
 def test_a_run_is_stale_after_so_many_evaluations_without_a_better_one_and_never_with_0():
