@@ -328,7 +328,7 @@ def main(args: argparse.Namespace, stop: StopRequest) -> int:
         results.end()
     position = {id_: n for n, id_ in enumerate(ids)}
     images, bad = of_pictures.images, sorted(of_pictures.skipped, key=lambda entry: position[entry["id"]])
-    not_reached = of_pictures.not_reached() + [{"file_name": str(v)} for v in videos if v not in of_videos.done]
+    not_reached = of_pictures.not_reached() + of_videos.not_reached(videos)
     bad += of_videos.skipped
     with whole_file(output_dir / "images.json") as file:
         content = run_to_plain(args, trained, threshold, tiling, images, bad, not_reached, files.left_out)

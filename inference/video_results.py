@@ -34,9 +34,8 @@ class VideoResults:
     """What became of videos.
 
     Attributes:
-        videos: An entry per video that has frames.
+        videos: An entry per video of which frames were looked at.
         skipped: Those that could not be read, or not to their end, with the reason.
-        done: The videos that are in either.
         num_frames: Frames that were looked at.
     """
 
@@ -49,7 +48,6 @@ class VideoResults:
         """
         self.videos: list[Record] = []
         self.skipped: list[Record] = []
-        self.done: set[Path] = set()
         self.num_frames = 0
         self._folder, self._first_id = folder, first_id
         self._frames: IO[str] = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115 - closes with this object
@@ -81,7 +79,7 @@ class VideoResults:
         """
         before = self.num_frames
         entry: Record = {"file_name": str(path)}
-        self.done.add(path)
+        failure: OSError | None = None
         try:
             with (
                 VideoReader(path) as reader,
@@ -100,11 +98,20 @@ class VideoResults:
         except VideoError as error:
             done = self.num_frames - before
             self._skip(path, f"broken after {done} frames: {error}" if done else str(error))
+        except OSError as error:
+            failure = error
         if self.num_frames > before:
             entry |= {"num_frames": self.num_frames - before}
-            entry |= {} if overlay is None else {"overlay": overlay}
-            entry |= {"stopped": True} if stop() else {}
+            entry |= {} if overlay is None or failure is not None else {"overlay": overlay}
+            entry |= {"stopped": True} if stop() or failure is not None else {}
             self.videos.append(entry)
+        if failure is not None:
+            raise failure
+
+    def not_reached(self, videos: Sequence[Path]) -> list[Record]:
+        """Return an entry for each of these videos that is in neither list."""
+        done = {entry["file_name"] for entry in self.videos + self.skipped}
+        return [{"file_name": str(path)} for path in videos if str(path) not in done]
 
     def _skip(self, path: Path, reason: str) -> None:
         self.skipped.append({"file_name": str(path), "reason": reason})

@@ -297,13 +297,20 @@ def test_a_full_disk_ends_a_video_with_one_line(tmp_path, checkpoint, capsys):
         for n in range(12):  # noise takes much room
             writer.add(np.random.default_rng(n).integers(0, 256, (120, 160, 3)).astype(np.uint8), n / 25)
     assert clip.stat().st_size > 120_000
+    never = write_clip(tmp_path / "b.mp4", [0])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
-        code = run("--checkpoint", checkpoint, clip, "--score-threshold", "0.9", "--output-dir", tmp_path / "out")
+        code = run(
+            "--checkpoint", checkpoint, clip, never, "--score-threshold", "0.9", "--output-dir", tmp_path / "out"
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("predict.py")]
     assert code == 1 and "File too large" in line and "found until then, are in" in line
-    assert json.loads((tmp_path / "out" / "images.json").read_text())["frames"]
+    images = json.loads((tmp_path / "out" / "images.json").read_text())
+    (entry,) = images["videos"]
+    assert entry["file_name"] == str(clip) and entry["num_frames"] == len(images["frames"]) > 0
+    assert entry["stopped"] and "overlay" not in entry and images["skipped"] == []
+    assert images["not_reached"] == [{"file_name": str(never)}]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tmp", ".mp4")]
