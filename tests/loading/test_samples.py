@@ -98,6 +98,22 @@ def test_flipping_by_the_dataset_twice_is_the_identity():
         assert (plain.target[name] == twice.target[name]).all()
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_tiny_objects_stay_where_a_picture_is_moved_or_mirrored_and_leave_with_a_shrink(flipped):
+    """Of their sides the float32 coordinates of a large picture lose a little, at places that are no whole numbers."""
+    rng, size = np.random.default_rng(0), 4000
+    sides = np.concatenate([rng.uniform(0.2, 0.9, (1000, 2)), np.ones((1000, 2))])
+    places = np.concatenate([rng.random((2000, 2)) * (size - 1), sides], axis=1)
+    images = [{"id": 1, "file_name": "a", "height": size, "width": size}]
+    objects = [{"image_id": 1, "category_id": 1, "bbox": box} for box in places.tolist()]
+    annotations = annotations_from_records(images, objects, [{"id": 1, "name": "a"}], Rules("x", str, str), Findings())
+    dataset = DetectionDataset(annotations, CodedImages(), LabelMap((1,), ("a",)), resize_on_device=True)
+    flip = v2.RandomHorizontalFlip(float(flipped))
+    for steps, kept in (([], 2000), ([v2.Pad(3)], 2000), ([v2.Resize(size - 100)], 0)):
+        dataset.transforms = v2.Compose([*steps, flip])
+        assert len(dataset[0].target["boxes"]) == kept
+
+
 def test_without_augmentation_masks_equal_the_polygons_of_pycocotools(tmp_path):
     from pycocotools.coco import COCO
 
