@@ -388,7 +388,8 @@ def peak_memory_mb(device: torch.device) -> int:
     """Return the most memory this process has held: of the GPU's allocator on CUDA, else resident, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else kB
 
 
 def format_peak_memory(device: torch.device) -> str:

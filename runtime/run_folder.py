@@ -50,13 +50,27 @@ def choose_output_dir(given: str | None, *, dataset: str, model: str, root: Path
         return Path(given) if given else None
     if dataset == "custom":
         return root / "result"
-    started = time.time()
+    started = datetime.datetime.now()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # restarts by one torchrun share a folder
-        started = Path(f"/proc/{os.getppid()}").stat().st_mtime
-    stamp = datetime.datetime.fromtimestamp(started).strftime("%Y%m%d-%H%M%S")
+        started = _start_of(os.getppid())
+    stamp = started.strftime("%Y%m%d-%H%M%S")
     if "SLURM_JOB_ID" in os.environ:  # the tasks of an array start in the same second
         stamp += f"-job{os.environ['SLURM_JOB_ID']}"
     return Path(broadcast_json(f"runs/{dataset}-{model}-{stamp}"))
+
+
+def _start_of(process: int, folder: Path = Path("/proc")) -> datetime.datetime:
+    """Return when a process started, the same at every call.
+
+    Args:
+        process: Its id.
+        folder: Where Linux shows processes; ``ps`` is asked where there is none, as on macOS.
+    """
+    if (folder / str(process)).exists():
+        return datetime.datetime.fromtimestamp((folder / str(process)).stat().st_mtime)
+    call = ["ps", "-o", "lstart=", "-p", str(process)]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    return datetime.datetime.strptime(done.stdout.strip(), "%a %b %d %H:%M:%S %Y")
 
 
 class RunFolder:
