@@ -260,14 +260,16 @@ class CheckpointFolder:
             previous = self.folder / PREVIOUS
             if self._before is not None and self._before != previous and self._before.exists():
                 link_checkpoint(self._before, previous)
-            save_checkpoint(content, newest)
+            # The best first: after a kill in between, the newest still has the evaluation to do, and finds the same.
+            # The other way round it would name a best that is not there.
+            save_checkpoint(content, self.folder / BEST if is_best else newest)
+            if is_best:
+                link_checkpoint(self.folder / BEST, newest)
             self._before = newest
             self._remove_later(content["progress"]["epoch"])
             if epoch_done is not None:
                 link_checkpoint(newest, self.folder / f"model_{epoch_done}.pth")
                 self._remove_old()
-            if is_best:
-                link_checkpoint(newest, self.folder / BEST)
             self.last_save_failed = False
         except OSError as error:
             self.last_save_failed = True

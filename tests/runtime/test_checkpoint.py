@@ -18,7 +18,9 @@ import torch
 from helpers.contents import content
 from helpers.forked import Forked
 from models.weights import WeightsSource, find_model_weights, read_weights
+from runtime import checkpoint
 from runtime.checkpoint import (
+    BEST,
     NEWEST,
     PREVIOUS,
     CheckpointError,
@@ -108,6 +110,26 @@ def test_the_best_epoch_is_that_of_its_file(tmp_path, caplog):
     assert folder.best_epoch() == CheckpointFolder(tmp_path).best_epoch() == 1
     (tmp_path / "best.pth").write_bytes(b"damaged")
     assert folder.best_epoch() is None and "best.pth: damaged" in caplog.text
+
+
+@pytest.mark.parametrize("saved", [BEST, NEWEST, "model_1.pth"])
+def test_no_kill_leaves_a_newest_whose_best_is_not_there(tmp_path, monkeypatch, saved):
+    """Each of the three files is the last one that is written."""
+    folder, write = CheckpointFolder(tmp_path), checkpoint._write_hash
+    folder.save({**content(1), "best": {"epoch": 0}}, epoch_done=0, is_best=True)
+
+    def write_and_die(path, digest):
+        write(path, digest)
+        if path.name == saved:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_write_hash", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save({**content(2), "best": {"epoch": 1}}, epoch_done=1, is_best=True)
+    newest, best = (load_checkpoint(tmp_path / name) for name in (NEWEST, BEST))
+    assert best["best"]["epoch"] == 1 == folder.best_epoch()
+    assert newest["best"]["epoch"] == (0 if saved == BEST else 1)
+    assert (tmp_path / "model_1.pth").exists() == (saved == "model_1.pth")
 
 
 @pytest.mark.parametrize("keep", [0, 3])
