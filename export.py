@@ -57,7 +57,7 @@ from inference.export_formats import (
 from inference.picture_files import find_images, reject_or_batch
 from inference.trained_model import TrainedModel, load_trained_model, settle_brightness
 from loading.shapes_dataset import ShapeDrawer, shapes_annotations
-from loading.splits import Source
+from loading.splits import Source, root_of
 from models.export_form import OUTPUTS, SMALLEST_SIDE
 from pixels.images import BadImageError, read_image
 from utils import HelpFormatter, run_command, versions
@@ -103,8 +103,9 @@ def dataset_pictures(flags: Mapping[str, Any]) -> list[Path]:
     """
     role = "train" if flags.get("val_fraction") else "val"
     paths = {role: (flags.get(f"{role}_images"), flags.get(f"{role}_annotations"))}
-    source = Source(str(flags.get("dataset")), Path(str(flags.get("data_path"))), paths=paths)
+    dataset = str(flags.get("dataset"))
     try:
+        source = Source(dataset, root_of(dataset, str(flags.get("data_path"))), paths=paths)
         pictures = source.kind.pictures(source, role)
     except (KeyError, OSError, ValueError):
         return []
@@ -136,6 +137,7 @@ def load_pictures(paths: list[str] | None, trained: TrainedModel) -> list[Pictur
             if paths:
                 raise
     if not pixels:
+        logger.info("none of the training's own pictures is here: drawn shapes are compared; --images takes others")
         drawer, annotations = ShapeDrawer("val"), shapes_annotations("val", NUM_PICTURES)
         pixels = [(f"drawn picture {n}", drawer.read(annotations, n)) for n in range(NUM_PICTURES)]
     pixels.append((f"{pixels[0][0]}, turned", np.rot90(pixels[0][1])))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from annotations.findings import ON_BAD_DATA
 from coco_eval import OKS_AREAS
-from loading.splits import DATASETS, Data, Source
+from loading.splits import DATASETS, DEFAULT_DATA_PATH, Data, Source, root_of
 from models.architectures import ARCHITECTURES, ModelSpec
 from optimization.optimizer import OPTIMIZERS
 from optimization.schedule import SCHEDULERS
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 
 class _NotGiven(str):
     """A default, told apart from the same text when the user gives it."""
-
-
-DEFAULT_DATA_PATH = "/datasets01/COCO/022719/"
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -356,11 +353,10 @@ def take_model_from_checkpoint(args: argparse.Namespace) -> None:
 
 def data_source(args: argparse.Namespace) -> Source:
     """Return which data the flags name."""
-    is_default = DATASETS[args.dataset].has_own_json and args.data_path == DEFAULT_DATA_PATH
     paths = {"train": (args.train_images, args.train_annotations), "val": (args.val_images, args.val_annotations)}
     return Source(
         args.dataset,
-        Path("custom" if is_default else args.data_path),
+        root_of(args.dataset, args.data_path),
         on_bad_data=args.on_bad_data,
         cache_dir=Path(args.cache_dir) if args.cache_dir else None,
         paths=paths,

@@ -154,6 +154,9 @@ def load_shapes_split(role: str) -> Split:
     return Split(f"shapes ({role})", annotations, ShapeDrawer(role), np.arange(len(annotations)), skeleton)
 
 
+# That of torchvision's scripts.
+DEFAULT_DATA_PATH = "/datasets01/COCO/022719/"
+
 # What a model learns beside boxes, by its task.
 _USES: dict[str, tuple[str, ...]] = {"box": (), "mask": ("segm",), "keypoint": ("keypoints",)}
 
@@ -214,6 +217,12 @@ class DatasetKind:
     has_own_json: bool = False
     keeps_negatives: bool = False
     tasks: tuple[str, ...] = tuple(_USES)
+
+
+def root_of(dataset: str, data_path: str) -> Path:
+    """Return where ``--dataset`` and ``--data-path`` say that the files are."""
+    is_default = DATASETS[dataset].has_own_json and data_path == DEFAULT_DATA_PATH
+    return Path("custom" if is_default else data_path)
 
 
 def _load_coco(source: Source, role: str, classes: Sequence[str], options: dict[str, Any]) -> Split:

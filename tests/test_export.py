@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import export
+import flags as command_line
 from helpers.drawn import draw_coco
 from helpers.formats import read_splits, same_classes, write_voc, write_yolo
 from helpers.shaken import drawn_images, shaken_checkpoint
@@ -286,7 +288,7 @@ def test_detections_without_any_partner_are_no_agreement(checkpoint):
         export.check_file(model, lambda images: [{**lowest, "labels": lowest["labels"] + 1}], cases)
 
 
-def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, checkpoint):
+def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, checkpoint, monkeypatch, caplog):
     detector = load_trained_model(checkpoint)
 
     def names_with(flags):
@@ -300,10 +302,15 @@ def test_pictures_of_the_dataset_are_compared_where_they_are_at_hand(tmp_path, c
     (root / "val2017").rename((custom / "test").parent.mkdir() or custom / "test")
     found = names_with({"dataset": "custom", "data_path": str(custom)})
     assert [name.replace("custom/test", "coco/val2017") for name in found] == names
+    monkeypatch.chdir(tmp_path)
+    parsed = command_line.get_args_parser().parse_args(["--dataset", "custom"])  # ./custom by default
+    assert names_with(vars(parsed)) == [str(Path(name).relative_to(tmp_path)) for name in found]
     held_out = names_with({**flags, "val_fraction": 0.2})  # some of all pictures
     assert 2 <= len(held_out) <= 7 and all(name.startswith(str(root / "train2017")) for name in held_out)
+    caplog.set_level("INFO")
     for gone in ({}, flags, {"dataset": "shapes", "data_path": str(root)}):
-        assert names_with(gone)[0] == "drawn picture 0"
+        caplog.clear()
+        assert names_with(gone)[0] == "drawn picture 0" and "drawn shapes are compared" in caplog.text
 
 
 def test_pictures_that_yolo_and_voc_list_are_compared(tmp_path, checkpoint):
