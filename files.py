@@ -1,5 +1,6 @@
 """Files that are read and written with care: whole or not at all, and without running what is in them."""
 
+import codecs
 import contextlib
 import errno
 import os
@@ -125,8 +126,8 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
 _BEGINNINGS = {
     b"\x89PNG": "a picture (PNG)",
     b"\xff\xd8\xff": "a picture (JPEG)",
-    b"GIF8": "a picture (GIF)",
-    b"BM": "a picture (BMP)",
+    b"GIF87a": "a picture (GIF)",
+    b"GIF89a": "a picture (GIF)",
     b"II*\0": "a picture (TIFF)",
     b"MM\0*": "a picture (TIFF)",
     b"\x89HDF": "an HDF5 file, as Keras writes; it holds no weights of torch",
@@ -134,7 +135,7 @@ _BEGINNINGS = {
     b"PAR1": "a Parquet table",
     b"SQLite format 3": "an SQLite database",
     b"\x1f\x8b": "packed with gzip; unpack it first",
-    b"BZh": "packed with bzip2; unpack it first",
+    b"BZh91AY&SY": "packed with bzip2; unpack it first",
     b"\xfd7zXZ": "packed with xz; unpack it first",
     b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
@@ -179,7 +180,9 @@ def describe_content(path: Path) -> str | None:
         return _BRANDS.get(head[8:12], "a film, or another container of the MP4 kind")
     if head.startswith(b"RIFF"):
         return "a picture (WebP)" if head[8:12] == b"WEBP" else "a sound or film (RIFF)"
-    text = head.lstrip().lower()
+    if head.startswith(b"BM") and head[6:10] == head[15:18] + b"\0" == bytes(4):  # reserved; size of the next header
+        return "a picture (BMP)"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "a web page, not the file itself; open its address in a browser, and load the file that the page offers"
     if text.startswith(b"<?xml"):
@@ -188,10 +191,11 @@ def describe_content(path: Path) -> str | None:
         return "JSON text, as annotation files are"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return "a safetensors file; load it with safetensors and write its weights with torch.save"
-    if head.startswith(b"PK"):
+    if head.startswith((b"PK\3\4", b"PK\5\6")):
         return _foreign_archive(path)
     with contextlib.suppress(UnicodeDecodeError):
-        if head[:400].decode().isprintable() or b"\n" in head:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()  # lets the last letter be cut
+        if decoder.decode(head).isprintable() or b"\n" in head:
             return "a text file"
     return None
 

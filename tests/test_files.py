@@ -1,12 +1,15 @@
-"""Files are written whole or not at all, whatever happens in between."""
+"""Files are written whole or not at all, whatever happens in between, and told apart by their content."""
 
+import bz2
+import io
 import signal
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from files import write_aside
+from files import describe_content, write_aside
 from helpers.drawn import ROOT
 
 
@@ -58,3 +61,33 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first"  # the block that ends last
     assert list(tmp_path.iterdir()) == [path]
+
+
+TABLE = "image_id,größe\n1,2\n"
+
+
+def picture(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, kind)
+    return file.getvalue()
+
+
+CONTENTS = {
+    "picture": (picture("BMP"), "a picture (BMP)"),
+    "animation": (picture("GIF"), "a picture (GIF)"),
+    "packed": (bz2.compress(b"text"), "packed with bzip2; unpack it first"),
+    "table of indices": (f"BMI,{TABLE}".encode(), "a text file"),
+    "table that begins as an archive": (f"PK,{TABLE}".encode(), "a text file"),
+    "table that begins as a packed file": (f"BZh,{TABLE}".encode(), "a text file"),
+    "with a byte order mark": ("hello".encode("utf-8-sig"), "a text file"),
+    "json with a byte order mark": ("{}".encode("utf-8-sig"), "JSON text, as annotation files are"),
+    "other text": ("größe".encode("latin-1"), None),
+    **{f"cut in a letter {n}": ("a" * n + "ö" * 600 + "\n", "a text file") for n in (0, 1)},
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), CONTENTS.values(), ids=CONTENTS)
+def test_a_file_is_known_by_its_content(content, expected, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert describe_content(path) == expected
