@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,16 +20,45 @@ logger = logging.getLogger(__name__)
 _PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 
 
+# What numbers must be: the test, and the flags that go by it.
+_Rules = Mapping[str, tuple[Callable[[float], bool], Sequence[str]]]
+_NUMBERS_OF_DATA: _Rules = {
+    "must be at least 1": (lambda n: n >= 1, ("batch_size", "min_size", "max_size")),
+    "must not be negative": (lambda n: n >= 0, ("workers",)),
+    "expected a share above 0, up to 1, such as 0.05": (lambda x: 0 < x <= 1, ("repeat_threshold",)),
+    "expected a share between 0 and 1, such as 0.2": (lambda x: 0 < x < 1, ("val_fraction",)),
+}
+_NUMBERS: _Rules = {
+    "must be at least 1": (lambda n: n >= 1, ("epochs", "print_freq", "eval_batch_size", "accumulate", "max_dets")),
+    "must be at least 2": (lambda n: n >= 2, ("verify_resume",)),
+    "must not be negative": (
+        lambda n: n >= 0,
+        ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile", "warmup_iters", "lr_steps"),
+    ),
+    "expected a finite number, 0 or more": (
+        lambda x: 0 <= x < math.inf,
+        ("lr", "weight_decay", "norm_weight_decay", "lr_gamma"),
+    ),
+    "expected a finite number above 0": (lambda x: 0 < x < math.inf, ("clip_grad_norm", "kpt_oks_sigmas")),
+    "expected 0 to below 1": (lambda x: 0 <= x < 1, ("momentum",)),
+    "expected 0 to 1": (lambda x: 0 <= x <= 1, ("rpn_score_thresh",)),
+    "expected a decay between 0 and 1, such as 0.9998": (lambda x: 0 < x < 1, ("ema",)),
+}
+
+
+def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, rules: _Rules) -> None:
+    """End with one line where a number, or one of several, is out of range; NaN always is."""
+    for expected, (is_allowed, names) in rules.items():
+        for name in names:
+            given = getattr(args, name)
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if value is not None and not is_allowed(value):
+                    parser.error(f"--{name.replace('_', '-')} {value}: {expected}")
+
+
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line on stderr and exit code 2 where flags contradict each other or name what does not exist."""
-    for name in ("epochs", "print_freq", "eval_batch_size", "accumulate"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("eval_every", "keep_checkpoints", "start_epoch", "early_stop", "profile"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    if not 0 <= args.lr < math.inf:
-        parser.error(f"--lr {args.lr}: must be positive")
+    _check_numbers(parser, args, _NUMBERS)
     layers = args.trainable_backbone_layers
     num_stages = len(ARCHITECTURES[args.model].backbone.stages)
     if layers is not None and not 0 <= layers <= num_stages:
@@ -37,14 +67,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--start-epoch {args.start_epoch}: nothing is left of {args.epochs} epochs")
     if args.dry_run and args.test_only:
         parser.error("--dry-run plans a training: it does not go with --test-only")
-    if args.verify_resume is not None and args.verify_resume < 2:
-        parser.error(f"--verify-resume {args.verify_resume}: must be at least 2")
     if args.verify_resume and (args.test_only or args.resume == "auto"):
         parser.error("--verify-resume trains: it goes with --resume FILE or without, not with --test-only or auto")
-    for name in ("warmup_iters", "max_dets", "clip_grad_norm"):
-        value = getattr(args, name)
-        if value is not None and value < (0 if name == "warmup_iters" else 1e-12):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be positive")
     check_data_args(parser, args)
     if args.kpt_oks_sigmas and ARCHITECTURES[args.model].task != "keypoint":
         parser.error(f"--kpt-oks-sigmas: {args.model} has no keypoints")
@@ -54,8 +78,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--batch-size 1: {args.model} trains on at least 2, its last maps have one value per channel")
     if args.sync_bn and args.compile:
         parser.error("--sync-bn with --compile: norms that wait for other processes are not compiled; leave one out")
-    if args.ema is not None and not 0 < args.ema < 1:
-        parser.error(f"--ema {args.ema}: expected a decay between 0 and 1, such as 0.9998")
     if args.best_metric is None:
         args.best_metric = f"{IOU_TYPES[ARCHITECTURES[args.model].task][-1]}/AP"
     known = metric_names(ARCHITECTURES[args.model].task)
@@ -79,19 +101,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def check_data_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Do what `check_args` does for the flags of `add_data_flags` and `add_model_choice`."""
     architecture = ARCHITECTURES[args.model]
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.workers < 0:
-        parser.error(f"--workers {args.workers}: must not be negative")
-    if args.repeat_threshold is not None and not 0 < args.repeat_threshold <= 1:
-        parser.error(f"--repeat-threshold {args.repeat_threshold}: expected a share above 0, up to 1, such as 0.05")
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        parser.error(f"--val-fraction {args.val_fraction}: expected a share between 0 and 1, such as 0.2")
-    for name in ("min_size", "max_size"):
-        sides = getattr(args, name) or ()
-        for side in sides if isinstance(sides, (list, tuple)) else [sides]:
-            if side < 1:
-                parser.error(f"--{name.replace('_', '-')} {side}: must be positive")
+    _check_numbers(parser, args, _NUMBERS_OF_DATA)
     given = [f"--{name.replace('_', '-')}" for name in _PATH_FLAGS if getattr(args, name)]
     if given and not DATASETS[args.dataset].has_coco_files:
         parser.error(f"{given[0]}: files of their own go with --dataset coco or coco_kp, not {args.dataset}")
@@ -143,3 +153,9 @@ def log_ineffective_flags(args: argparse.Namespace) -> None:
         logger.warning("--early-stop has no effect without evaluations (--eval-every 0)")
     if args.weights and args.weights_backbone:
         logger.warning("--weights-backbone has no effect: --weights is for the whole model")
+    # With auto they are for the first start, which has no checkpoint.
+    if args.resume not in ("", "auto"):
+        has_layers = args.trainable_backbone_layers is not None
+        given = {"weights": args.weights, "weights-backbone": args.weights_backbone, "start-epoch": args.start_epoch}
+        for name in [name for name, value in {**given, "trainable-backbone-layers": has_layers}.items() if value]:
+            logger.warning("--%s has no effect beside --resume: the checkpoint has its own", name)
