@@ -32,7 +32,7 @@ from inspection.observations import (
 from inspection.sample_sheets import write_sheets
 from loading.loaders import DeviceLoader, build_train_loader
 from loading.samples import ImageFolder
-from loading.split import Split
+from loading.split import Split, implied_pairs
 from loading.splits import DATASETS, Data
 from loading.trainable import check_against_model, vanishing_images
 from loading.training_images import training_indices
@@ -166,6 +166,11 @@ def write_splits(folder: Path, data: Data, keep_negatives: bool) -> list[str]:
         kind = "coco_kp" if data.num_keypoints else "coco"
         if keep_negatives and not DATASETS[kind].keeps_negatives:
             flags.append("--keep-negatives")
+        if data.sigmas is not None:  # they are not in COCO files, and neither is the mirror map
+            flags += ["--kpt-oks-sigmas", *map(str, data.sigmas.tolist())]
+            skeleton = (data.train or data.val).skeleton
+            if skeleton.flip_pairs not in (None, implied_pairs(skeleton.names)):
+                lines.append("warning: COCO files cannot say which keypoints swap: that training mirrors no picture")
         lines.append(f"to train on them: --dataset {kind} {' '.join(flags)}")
     return lines
 

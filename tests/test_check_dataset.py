@@ -412,14 +412,15 @@ def test_a_dataset_written_as_coco_is_read_as_the_same_annotations(draw, flags, 
     code, text = diagnose(path, flags, capsys, "--write-coco", str(tmp_path / "out" / "coco"))
     assert code == 0 and re.search(r"train\.json: \d+ pictures of .*; file_name is relative to \S+$", text, re.M), text
     (line,) = re.findall(r"^to train on them: (.*)$", text, re.M)
-    parser = check_dataset.get_args_parser()
+    parser = train.get_args_parser()
     task = ARCHITECTURES[flags[-1]].task
     given, told = (
         parser.parse_args([*flags, "--data-path", str(path)]),
         parser.parse_args([*shlex.split(line), "--model", flags[-1]]),
     )
     assert keeps_negatives(told) == keeps_negatives(given)
-    before, after = (load_data(data_source(args), task) for args in (given, told))
+    before, after = (load_data(data_source(args), task, sigmas=args.kpt_oks_sigmas) for args in (given, told))
+    np.testing.assert_array_equal(before.sigmas, after.sigmas)
     for one, other in ((before.train, after.train), (before.val, after.val)):
         for field in dataclasses.fields(one.annotations):
             old, new = getattr(one.annotations, field.name), getattr(other.annotations, field.name)
