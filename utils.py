@@ -151,9 +151,12 @@ def run_command(program: str, main: Callable[[Any], int], args: Any, *, aftermat
 
 
 def print_error(text: str) -> None:
-    """Print a line to stderr; where nobody reads it the exit code alone must do."""
+    """Print lines to stderr in one piece, as other processes of the run write there too.
+
+    Where nobody reads them the exit code alone must do.
+    """
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        sys.stderr.write(f"{text}\n")
 
 
 def describe_error(error: BaseException) -> str:

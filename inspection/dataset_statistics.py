@@ -4,6 +4,7 @@ All of it is computed on the flat arrays of `Annotations`; keypoints have a file
 from starting: what does is checked where annotations are read.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +138,7 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
 
     note(
         f"have fewer than {RARE} objects to train on",
-        [f"{name} {count}" for name, count in trained.items() if 0 < count < RARE],
+        [f"{name} {count}{_like_of(name, trained)}" for name, count in trained.items() if 0 < count < RARE],
         "expect little of them; add pictures, or merge classes",
     )
     note(
@@ -151,6 +152,13 @@ def check_classes(train: SplitObjects | None, val: SplitObjects) -> list[Observa
         "all their objects will count as missed",
     )
     return seen
+
+
+def _like_of(rare: str, counts: dict[str, int]) -> str:
+    """Return a question where a rare class has nearly the name of one that is not rare: a misspelt label is a class."""
+    common = [name for name, count in counts.items() if count >= RARE]
+    likes = difflib.get_close_matches(rare, common, n=1, cutoff=0.8)
+    return f" (is {likes[0]!r} meant?)" if likes else ""
 
 
 def check_sizes(

@@ -301,6 +301,14 @@ def test_paths_that_look_like_our_own_lines_are_shown_whole(tmp_path, capsys):
     assert re.search(rf"  the object is not trained on, .* \(1\)\n +{root}/annotations/instances_train2017", text), text
 
 
+def test_a_rare_class_with_nearly_the_name_of_another_may_be_a_misspelt_label(tmp_path, capsys):
+    draw_folder(tmp_path, 10, num_keypoints=0, classes=["tube"])
+    edit(tmp_path, lambda entry: entry["labels"].__setitem__(0, "tubes"))
+    flags = ("--dataset", "custom", "--model", "ssdlite320_mobilenet_v3_large")
+    code, text = diagnose(tmp_path, flags, capsys, "--no-images")
+    assert code == 0 and "objects to train on: tubes 1 (is 'tube' meant?)" in " ".join(text.split())
+
+
 def test_what_cannot_be_read_at_all_is_one_line_and_exit_code_1(tmp_path, capsys):
     code, text = diagnose(tmp_path / "nothing", POINTS, capsys)
     assert code == 1 and "nothing/train/images: no such folder" in text and "1 error(s)" in text
