@@ -296,7 +296,7 @@ class CheckpointFolder:
         later = sorted((number, path) for number, path in _epoch_files(self.folder) if number >= epoch)
         if later:
             names = ", ".join(path.name for _, path in later)
-            logger.warning("the run has gone back: %s of the epochs that it gave up are removed", names)
+            logger.warning("the run has gone back: removed %s, of epochs that it gave up", names)
         for _, path in later:
             _remove(path)
 

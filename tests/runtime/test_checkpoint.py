@@ -142,7 +142,7 @@ def test_a_run_that_went_back_leaves_nothing_newer_than_itself(tmp_path, keep, c
     goal = tmp_path / "model_3.pth"
     back = CheckpointFolder(tmp_path, keep, resumed_from=goal)
     back.save(content(4, batches=1))
-    assert "model_4.pth, model_5.pth of the epochs that it gave up" in caplog.text
+    assert "removed model_4.pth, model_5.pth, of epochs that it gave up" in caplog.text
     assert sorted(tmp_path.glob("model_*.pth"))[-1] == goal
     assert not list(tmp_path.glob("model_[45].pth*"))
     assert load_checkpoint(tmp_path / "best.pth")["progress"]["epoch"] == 5
