@@ -243,14 +243,15 @@ def check_file(model: OnePicture, exported: Runner, cases: list[Case]) -> Agreem
         except Exception as error:  # a runtime raises what it likes
             text = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{case.name}: the exported model fails: {text}") from error
-        try:
-            for image, expected, outputs in zip(case.images, case.expected, found, strict=True):
-                candidates = functools.partial(all_candidates, model, image)
+        for image, expected, outputs in zip(case.images, case.expected, found, strict=True):
+            agreement.pictures += 1
+            candidates = functools.partial(all_candidates, model, image)
+            try:
                 compare_outputs(expected, outputs, agreement, case.name, candidates, has_proposals=has_proposals)
-        except ValueError as error:
-            refused.append(str(error))
+            except ValueError as error:
+                refused.append(str(error))
     if refused:
-        where = f"the exported model differs on {len(refused)} of {len(cases)} pictures"
+        where = f"the exported model differs on {len(refused)} of {agreement.pictures} pictures"
         raise ValueError(f"{where}: {refused[0]}. All pictures: {agreement.against_limits()}")
     if not agreement.detections:
         raise ValueError("no detection of the exported model has a partner in PyTorch, so nothing was compared")
@@ -384,7 +385,7 @@ def main(args: argparse.Namespace) -> int:
     with write_aside(output) as temporary, quiet():
         agreement = write_checked(Export(trained, cases, size), args.format, temporary)
     text = "%s: agrees with PyTorch on %d pictures (%s, ...): %s (allowed %s)"
-    logger.info(text, output, len(pictures), pictures[0][0], agreement, TOLERANCES)
+    logger.info(text, output, agreement.pictures, pictures[0][0], agreement, TOLERANCES)
     return 0
 
 

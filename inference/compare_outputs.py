@@ -28,6 +28,7 @@ class Agreement:
     """What was compared, and the largest differences found.
 
     Attributes:
+        pictures: Pictures given to both, turned and mirrored ones included.
         detections: Pairs compared.
         box: Pixels.
         score: Class score, in 0..1.
@@ -37,13 +38,13 @@ class Agreement:
         near_ties: Detections in whose place another one of the same score was chosen.
     """
 
+    pictures: int = 0
     detections: int = 0
     box: float = 0.0
     score: float = 0.0
     keypoint: float = 0.0
     mask: float = 0.0
     left_over: int = 0
-
     near_ties: int = 0
 
     def __str__(self) -> str:

@@ -238,7 +238,7 @@ def test_what_no_graph_can_do_goes_to_the_old_exporter_with_a_line(thin_checkpoi
     checkpoint = thin_checkpoint("keypointrcnn_resnet50_fpn", detections_per_img=5)
     assert export.run(["--checkpoint", str(checkpoint), "--format", "onnx", "--output", str(output)]) == 0
     printed = capfd.readouterr()
-    line, last = printed.out.splitlines()
+    _, line, last = printed.out.splitlines()
     assert not printed.err  # torch prints a thousand lines of the graph there
     assert "keypointrcnn_resnet50_fpn cannot be exported to onnx: heatmaps_to_keypoints (torchvision/" in line
     assert "agrees with PyTorch" in last and line.endswith(
@@ -268,15 +268,20 @@ def test_a_refusal_says_the_largest_differences_of_all_pictures(checkpoint):
 
     cases = export.build_cases(model, pictures)
 
-    def off(images):
-        (found,) = [{key: value.numpy() for key, value in model(image).items()} for image in images]
-        return [{**found, "boxes": found["boxes"] + (0.25 if images is cases[1].images else 0.01)}]
+    def off_in(case, amount=0.25):
+        def run(images):
+            found = [{key: value.numpy() for key, value in model(image).items()} for image in images]
+            return [{**f, "boxes": f["boxes"] + (amount if images is case.images else 0.01)} for f in found]
 
-    text = (
-        r"differs on 1 of 3 pictures: 1\.jpg: .*\. All pictures: largest difference of boxes 0\.25 px \(at most 0\.1\)"
-    )
-    with pytest.raises(ValueError, match=text):
-        export.check_file(model, off, cases[:-1])
+        return run
+
+    figures = r"All pictures: largest difference of boxes 0\.25 px \(at most 0\.1\)"
+    with pytest.raises(ValueError, match=rf"differs on 1 of 3 pictures: 1\.jpg: .*\. {figures}"):
+        export.check_file(model, off_in(cases[1]), cases[:-1])
+    # The first one again, and its mirror image.
+    with pytest.raises(ValueError, match=rf"differs on 2 of 5 pictures: 0\.jpg and its mirror image: .*\. {figures}"):
+        export.check_file(model, off_in(cases[-1]), cases)
+    assert export.check_file(model, off_in(cases[-1], 0.01), cases).pictures == 5
 
 
 def test_detections_without_any_partner_are_no_agreement(checkpoint):
