@@ -115,10 +115,10 @@ def read_dataset_info(
         if value is None:
             return None
         try:
-            return tuple((_point_index(a, names), _point_index(b, names)) for a, b in value)
-        except (TypeError, ValueError) as error:
+            return _point_pairs(value, names)
+        except ValueError as error:
             if not has_bad_names:  # else a consequence, maybe: names are looked up again once they are right
-                wrong(key, f"{short(value)}: {error}", "give pairs of keypoint names or of indices from 0")
+                wrong(key, f"expected a list of pairs, {error}", "give pairs of keypoint names or of indices from 0")
             return None
 
     sigmas = content.get("oks_sigmas")
@@ -191,14 +191,24 @@ def check_point_counts(info: DatasetInfo, num_keypoints: int, findings: Findings
         findings.error("dataset.json", f"{info.path}: oks_sigmas", problem, "give one positive number per keypoint")
 
 
+def _point_pairs(value: Any, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Return pairs of keypoints as indices; raises ValueError with what is there instead."""
+    if not isinstance(value, list):
+        raise ValueError(f"got {short(value)}")
+    for n, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"got {short(pair)} at position {n}")
+    return tuple((_point_index(a, names), _point_index(b, names)) for a, b in value)
+
+
 def _point_index(value: Any, names: Sequence[str]) -> int:
     """Return the index of a keypoint given by name or by index from 0."""
     if isinstance(value, str):
         if value not in names:
-            raise ValueError(f"{short(value)} is not among keypoint_names")
+            raise ValueError(f"but {short(value)} is not among keypoint_names")
         return list(names).index(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{short(value)} is no keypoint")
+        raise ValueError(f"but {short(value)} is no keypoint")
     return value
 
 

@@ -21,6 +21,9 @@ COCO_PERSON_SIGMAS = (
     / 10.0
 )
 
+# Where users say which keypoints swap.
+WHERE_PAIRS = "dataset.json (YOLO: flip_idx in data.yaml; COCO: names with left and right in the json's categories)"
+
 _MIRROR_WORDS = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 # A mirror map is refused when it fits the labels worse than no map at all by so many standard errors.
@@ -57,7 +60,8 @@ def infer_flip_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None
     pairs, alone = _sided_names(names)
     if alone:
         raise ValueError(
-            f"keypoint {names[alone[0]]!r} has no partner on the other side; give flip_pairs in dataset.json instead"
+            f"keypoint {names[alone[0]]!r} has no partner on the other side; correct the names, or give flip_pairs in "
+            f"{WHERE_PAIRS}"
         )
     return tuple(pairs) or None
 
@@ -136,7 +140,7 @@ def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.nd
         raise ValueError(
             f"flip_pairs look wrong: on {count} labelled objects the mirrored skeleton fits the mean one "
             f"worse with the pairs than without (squared distance {with_map:.4f} against "
-            f"{without:.4f}, in units of the box); correct them in dataset.json (YOLO: flip_idx in data.yaml)"
+            f"{without:.4f}, in units of the box); correct them in {WHERE_PAIRS}"
         )
     # Pairs found on one half of the objects are judged on the other: on the same ones chance would look like proof.
     mean = _mean_layout(layout[::2], labelled[::2])
@@ -148,8 +152,8 @@ def check_flip_order(order: np.ndarray, keypoints: np.ndarray, boxes_xywh: np.nd
         raise ValueError(
             f"flip_pairs look wrong: expected {pairs} (keypoints from 0) among them: on {count} labelled objects the "
             f"mirrored skeleton fits the mean one better with than without (squared distance {without:.4f} against "
-            f"{with_map:.4f}, in units of the box); add what is missing, or leave flip_pairs out of dataset.json "
-            "(YOLO: flip_idx of data.yaml): pictures are then mirrored only if names with left and right say how"
+            f"{with_map:.4f}, in units of the box); add what is missing, or leave flip_pairs out, in {WHERE_PAIRS}: "
+            "pictures are then mirrored only if names with left and right say how"
         )
 
 

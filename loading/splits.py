@@ -15,6 +15,7 @@ from annotations.findings import Findings
 from annotations.image_checks import check_decoding, check_files
 from annotations.labels import LabelMap
 from annotations.skeleton import (
+    WHERE_PAIRS,
     Skeleton,
     check_flip_order,
     choose_sigmas,
@@ -418,8 +419,9 @@ def _proven_flip_order(split: Split) -> np.ndarray | None:
     pairs, annotations = split.skeleton.flip_pairs, split.annotations
     if pairs is None:
         logger.info(
-            'no mirroring in training: which keypoints swap is not known; give "flip_pairs" in dataset.json '
-            "([] only if no keypoint has a left or right partner; YOLO: flip_idx) or names with left and right"
+            "no mirroring in training: which keypoints swap is not known; give names with left and right, or "
+            "flip_pairs ([] only if no keypoint has a left or right partner) in %s",
+            WHERE_PAIRS,
         )
         return None
     order = flip_order(pairs, annotations.num_keypoints)

@@ -306,6 +306,13 @@ BAD_INFO = {
     "unknown entry": ({"class": ["a"]}, "unknown entry 'class'"),
     "same class twice": ({"classes": ["a", "a"]}, "expected different names"),
     "pair of unknown point": ({"keypoint_names": ["a"], "flip_pairs": [["a", "b"]]}, "'b' is not among keypoint_names"),
+    "no list of pairs": (
+        {"flip_pairs": 5},
+        "flip_pairs: expected a list of pairs, got 5; give pairs of keypoint names",
+    ),
+    "a pair of three": ({"flip_pairs": [[0, 1], [0, 1, 2]]}, r"a list of pairs, got \[0, 1, 2\] at position 1; give"),
+    "pair of a number": ({"flip_pairs": [0, 1]}, "flip_pairs: expected a list of pairs, got 0 at position 0"),
+    "half a point": ({"flip_pairs": [[0, 0.5]]}, "flip_pairs: expected a list of pairs, but 0.5 is no keypoint"),
     "sigma of zero": ({"oks_sigmas": [0.1, 0]}, "give one positive number per keypoint"),
     "a list": ([], "expected an object"),
 }

@@ -43,7 +43,10 @@ def test_left_and_right_are_found_in_many_spellings(names):
 def test_names_without_sides_say_nothing_and_half_a_pair_is_refused():
     assert infer_flip_pairs(["head", "tail"]) is None
     assert infer_flip_pairs([]) is None
-    with pytest.raises(ValueError, match="'left_eye' has no partner"):
+    where = (
+        r"'left_eye' has no partner .* correct the names, or .*YOLO: flip_idx in data\.yaml; COCO: names .* categories"
+    )
+    with pytest.raises(ValueError, match=where):
         infer_flip_pairs(["left_eye", "nose"])
 
 
