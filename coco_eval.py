@@ -84,7 +84,7 @@ class CocoEvaluator:
         ids = annotations.image_ids[self.indices].tolist()
         self.position_of = {image_id: position for position, image_id in enumerate(ids)}
         self.category_ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)
-        self.truth_categories = np.searchsorted(self.category_ids, annotations.category_ids)
+        self.truth_categories = annotations.object_classes()
         self.areas = {t: self._areas(t) for t in self.iou_types}
         self.ignored = {t: self._ignored(t) for t in self.iou_types}
         self.reset()

@@ -149,6 +149,16 @@ class Annotations:
         """Return the image index of every object, int64 [N]."""
         return np.repeat(np.arange(len(self)), np.diff(self.object_starts))
 
+    def object_classes(self) -> np.ndarray:
+        """Return the position in ``categories`` of every object's category, int64 [N]."""
+        ids = np.array([id_ for id_, _ in self.categories], dtype=np.int64)  # sorted
+        return np.searchsorted(ids, self.category_ids)
+
+    @cached_property
+    def position_of(self) -> dict[int, int]:
+        """The position of every image by its id."""
+        return {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+
     def polygons(self, n: int) -> list[np.ndarray]:
         """Return the polygons of object ``n``, each float64 [2 P] as x, y, x, y, ..."""
         first, last = self.object_polygons[n : n + 2]

@@ -59,13 +59,12 @@ def find_foreign_ids(annotations: Annotations, records: list[Record]) -> Foreign
         annotations: The ground truth.
         records: Results with ``bbox``, from `read_results`, of images of the ground truth.
     """
-    position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
     of_image: dict[int, list[Record]] = {}
     for record in records:
         if "bbox" in record:
             of_image.setdefault(record["image_id"], []).append(record)
     counts = np.diff(annotations.object_starts)
-    chosen = [k for k, found in of_image.items() if len(found) >= 2 and counts[position_of[k]] >= 2]
+    chosen = [k for k, found in of_image.items() if len(found) >= 2 and counts[annotations.position_of[k]] >= 2]
     if len(chosen) < 2:
         return None
     chosen = chosen[:: -(-len(chosen) // MAX_PICTURES)]
@@ -73,12 +72,13 @@ def find_foreign_ids(annotations: Annotations, records: list[Record]) -> Foreign
     images = np.flatnonzero(counts > 0)
     own, other, fits = [], [], []
     for image_id in chosen:
-        best = sorted(of_image[image_id], key=lambda record: -record["score"])[: counts[position_of[image_id]]]
+        i = annotations.position_of[image_id]
+        best = sorted(of_image[image_id], key=lambda record: -record["score"])[: counts[i]]
         boxes = xywh_to_xyxy(np.array([record["bbox"] for record in best], dtype=np.float64))
         classes = np.array([record["category_id"] for record in best])
         overlap = _iou(boxes, truth) * (classes[:, None] == annotations.category_ids[None])
         per_image = np.maximum.reduceat(overlap, starts, axis=1).mean(axis=0)
-        here = int(np.searchsorted(images, position_of[image_id]))
+        here = int(np.searchsorted(images, i))
         own.append(per_image[here])
         per_image[here] = 0
         fits.append(int(images[per_image.argmax()]))
@@ -91,11 +91,10 @@ def find_foreign_ids(annotations: Annotations, records: list[Record]) -> Foreign
 
 def _pictures(annotations: Annotations, records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
     """Yield (position, best detections, as many as it has objects) of up to `MAX_PICTURES` pictures with both."""
-    position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
     counts = np.diff(annotations.object_starts)
     of_image: dict[int, list[Record]] = {}
     for record in records:
-        i = position_of[record["image_id"]]
+        i = annotations.position_of[record["image_id"]]
         if "bbox" in record and counts[i]:
             of_image.setdefault(i, []).append(record)
     for i in list(of_image)[:: -(-len(of_image) // MAX_PICTURES) or 1]:

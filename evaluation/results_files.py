@@ -314,8 +314,7 @@ def encode_masks(records: Sequence[Record], annotations: Annotations, name: str)
         BadDataError: Masks of another size, or invalid run lengths, all at once.
     """
     chosen = [n for n, record in enumerate(records) if "segmentation" in record]
-    position_of = {int(image_id): i for i, image_id in enumerate(annotations.image_ids)}
-    images = np.array([position_of[records[n]["image_id"]] for n in chosen], dtype=np.int64)
+    images = np.array([annotations.position_of[records[n]["image_id"]] for n in chosen], dtype=np.int64)
     findings, notes = Findings(), Notes()
     reader = RecordReader(
         "result", [records[n] for n in chosen], lambda k: f"{name}: [{chosen[k]}]", findings, notes, ("segm",)

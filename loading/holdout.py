@@ -158,5 +158,4 @@ def count_classes(split: Split) -> np.ndarray:
     """Return the number of objects of each class on usable pictures, crowds aside, int64 [C]."""
     annotations = split.annotations
     chosen = np.isin(annotations.object_images(), split.indices) & ~annotations.is_crowd
-    ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
-    return np.bincount(np.searchsorted(ids, annotations.category_ids[chosen]), minlength=len(ids))
+    return np.bincount(annotations.object_classes()[chosen], minlength=len(annotations.categories))

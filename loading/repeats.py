@@ -89,6 +89,5 @@ def find_repeats(split: Split, label_map: LabelMap, spec: ModelSpec, images: np.
     chosen = is_trained_on(split, label_map, spec, images)
     position = np.zeros(len(annotations), dtype=np.int64)
     position[images] = np.arange(len(images))
-    ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
-    classes = np.searchsorted(ids, annotations.category_ids[chosen])
-    return Repeats.of(threshold, position[annotations.object_images()[chosen]], classes, (len(images), len(ids)))
+    classes, shape = annotations.object_classes()[chosen], (len(images), len(annotations.categories))
+    return Repeats.of(threshold, position[annotations.object_images()[chosen]], classes, shape)

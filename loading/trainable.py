@@ -151,9 +151,9 @@ def count_trainable(split: Split, label_map: LabelMap, spec: ModelSpec, images: 
     is_member = split.is_member()[image_of]
     is_empty = _is_empty(annotations)
     reason = _reasons(split, label_map, spec, images)
-    ids = np.array([id_ for id_, _ in annotations.categories], dtype=np.int64)  # sorted
-    cells = reason * len(ids) + np.searchsorted(ids, annotations.category_ids)
-    table = np.bincount(cells[is_member], minlength=(len(REASONS) + 1) * len(ids)).reshape(-1, len(ids))
+    num_classes = len(annotations.categories)
+    cells = reason * num_classes + annotations.object_classes()
+    table = np.bincount(cells[is_member], minlength=(len(REASONS) + 1) * num_classes).reshape(-1, num_classes)
     normalised = look_normalised(annotations.boxes_xywh, annotations.heights[image_of], annotations.widths[image_of])
     has_box = (annotations.boxes_xywh[:, 2:] > 0).all(axis=1) & ~annotations.is_crowd & is_member
     empty_ones = is_empty & ~annotations.is_crowd & is_member

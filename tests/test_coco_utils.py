@@ -53,6 +53,7 @@ def test_arrays_hold_what_the_file_says(tmp_path):
     assert annotations.categories == ((3, "a"), (7, "b"))
     assert annotations.boxes_xywh.tolist() == [[5, 6, 20, 30], [1, 2, 10, 10]]
     assert annotations.category_ids.tolist() == [3, 7]
+    assert annotations.object_classes().tolist() == [0, 1] and annotations.position_of == {1: 0}
     assert annotations.warnings == ()
 
 
