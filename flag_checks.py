@@ -155,7 +155,6 @@ def log_ineffective_flags(args: argparse.Namespace) -> None:
         logger.warning("--weights-backbone has no effect: --weights is for the whole model")
     # With auto they are for the first start, which has no checkpoint.
     if args.resume not in ("", "auto"):
-        has_layers = args.trainable_backbone_layers is not None
         given = {"weights": args.weights, "weights-backbone": args.weights_backbone, "start-epoch": args.start_epoch}
-        for name in [name for name, value in {**given, "trainable-backbone-layers": has_layers}.items() if value]:
+        for name in [name for name, value in given.items() if value]:
             logger.warning("--%s has no effect beside --resume: the checkpoint has its own", name)

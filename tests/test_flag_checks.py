@@ -57,8 +57,7 @@ def test_the_words_say_what_holds(words, capsys):
 
 def test_what_a_checkpoint_has_of_its_own_has_no_effect_beside_resume(caplog):
     caplog.set_level(logging.INFO)
-    more = ("--weights", "COCO_V1"), ("--weights-backbone", "a.pth"), ("--trainable-backbone-layers", "0")
-    for given in (*more, ("--start-epoch", "3")):
+    for given in (("--weights", "COCO_V1"), ("--weights-backbone", "a.pth"), ("--start-epoch", "3")):
         for resume, is_named in (("", False), ("auto", False), ("last.pth", True)):
             caplog.clear()
             log_ineffective_flags(PARSER.parse_args(["--resume", resume, *given]))
