@@ -358,7 +358,8 @@ def write_checked(export: Export, to_format: str, path: Path) -> Agreement:
             except ValueError as error:
                 reason = str(error)
         if number == len(ways):
-            raise ValueError(reason)
+            other = "" if to_format == "torchscript" else "; --format torchscript takes any model"
+            raise ValueError(f"{reason}{other}")
         logger.warning("%s: written by the exporter that torch calls deprecated, for one picture at a time", reason)
     raise AssertionError(to_format)
 

@@ -244,6 +244,9 @@ def test_what_no_graph_can_do_goes_to_the_old_exporter_with_a_line(thin_checkpoi
     assert "agrees with PyTorch" in last and line.endswith(
         "written by the exporter that torch calls deprecated, for one picture at a time"
     )
+    pt2 = tmp_path / "model.pt2"
+    assert export.run(["--checkpoint", str(checkpoint), "--format", "pt2", "--output", str(pt2)]) == 1
+    assert "; --format torchscript takes any model" in capfd.readouterr().err and not pt2.exists()
     found, metadata = run_elsewhere(output, torch.rand(1, 3, 50, 90))
     assert found["keypoints"].shape[1:] == (3, 3) and metadata["input"].startswith("images: [1, 3, height, width]")
 
