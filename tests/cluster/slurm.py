@@ -161,8 +161,8 @@ def signalled(cluster):
     submit(cluster, "signalled", *options, epochs=epoch + 1, **{"eval-every": 0}).succeed()
     expect("continuing from runs/signalled" in job.log(), f"the next job started anew:\n{job.log()[-2000:]}")
     left = (epoch + 1) * UPDATES - int(update[1]) if update else UPDATES
-    steps = re.findall(rf"Epoch: \[{epoch}\] \[\d+/(\d+)\]", job.log().partition("continuing")[2])
-    expect(steps and int(steps[0]) == left, f"{left} updates were left, and the next job made {steps}")
+    steps = re.findall(rf"Epoch: \[{epoch}\] \[(\d+)/{UPDATES}\]", job.log().partition("continuing")[2])
+    expect(steps and int(steps[0]) == UPDATES - left + 1, f"{left} updates were left; the next job began with {steps}")
     return stopped[0]
 
 
